@@ -1,0 +1,23 @@
+"""The configuration of a run: its keys (schema.py), how it is loaded (load.py), the objects it names.
+
+Imports nothing else of ours, and not torch: a typo is reported before anything heavy is loaded.
+"""
+
+from dist_train.config.errors import UserError, nearest
+from dist_train.config.load import from_mapping, load, to_mapping, to_yaml
+from dist_train.config.objects import construct, import_object
+from dist_train.config.schema import Config, Every, get
+
+__all__ = [
+    "Config",
+    "Every",
+    "UserError",
+    "construct",
+    "from_mapping",
+    "get",
+    "import_object",
+    "load",
+    "nearest",
+    "to_mapping",
+    "to_yaml",
+]

@@ -1,0 +1,20 @@
+"""The one error class of the project, and the sentence that names the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one sentence; the command line prints it and exits with 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)`, the known word nearest to `word`, or an empty text."""
+    known = list(known)
+    folded = {item.lower(): item for item in reversed(known)}
+    close = difflib.get_close_matches(word.lower(), list(folded), n=1, cutoff=0.6)
+    if not close:  # `lr` is meant as `optim.lr`
+        close = [item for item in folded if item.rsplit(".", 1)[-1] == word.lower()][:1]
+    return f" (did you mean '{folded[close[0]]}'?)" if close else ""

@@ -1,0 +1,128 @@
+"""Data: from the configuration to the batches of this rank.
+
+    sources.py     which samples there are        order.py       which of them a step reads
+    transforms.py  what is done to each           loader.py      fetching them in batches
+
+`build` is the face of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from dist_train.config import Config, UserError
+from dist_train.data.loader import Batch, Samples, make_loader
+from dist_train.data.order import DistributedSampler, EvalSampler, steps_per_epoch
+from dist_train.data.sources import open_source
+from dist_train.data.transforms import ImageTransform, target_transform
+from dist_train.runtime import Runtime, key, micro_batch
+
+__all__ = ["Batch", "Data", "build", "eval_transform"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two sets of a run, and what the model must know about them."""
+
+    train: Samples
+    eval: Samples
+    classes: list[str]
+    sample_shape: tuple[int, ...]  # of one transformed image: (C, H, W)
+    notes: list[str]  # one line each, for the user
+
+    def steps_per_epoch(self, config: Config) -> int:
+        """Optimizer steps in an epoch."""
+        return steps_per_epoch(len(self.train), config.train.batch_size, config.data.drop_last)
+
+    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
+        """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
+        sampler = self.sampler(config, runtime.rank, runtime.world_size, start, stop)
+        return make_loader(self.train, sampler, config, runtime)
+
+    def sampler(
+        self, config: Config, rank: int, world_size: int, start: int, stop: int
+    ) -> DistributedSampler:
+        """The order of the training samples, for any rank of any world size."""
+        return DistributedSampler(
+            len(self.train),
+            config.train.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            drop_last=config.data.drop_last,
+            rank=rank,
+            world_size=world_size,
+            accumulate=config.train.accumulate,
+            start=start,
+            stop=stop,
+        )
+
+    def eval_loader(self, config: Config, runtime: Runtime) -> DataLoader[Batch]:
+        """This rank's share of the eval set, each sample once."""
+        per_rank = micro_batch(config.train.batch_size, runtime.world_size, config.train.accumulate)
+        size = config.eval.batch_size or max(4 * per_rank, 1)
+        sampler = EvalSampler(len(self.eval), size, runtime.rank, runtime.world_size)
+        return make_loader(self.eval, sampler, config, runtime)
+
+
+def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data:
+    """The data of a run, from the configuration or from the data sets that are given.
+
+    Raises UserError for what can't be found, read, or trained on.
+    """
+    options = config.data
+    if train_data is None:
+        train_data = open_source(options.name, options.root, True, options.args)
+        if eval_data is None and not options.eval_fraction:
+            eval_data = open_source(options.name, options.root, False, options.args)
+    if len(train_data) == 0:
+        raise UserError(f"data: the training set of '{options.name}' is empty.")
+    classes = [str(name) for name in getattr(train_data, "classes", [])]
+    if eval_data is not None and getattr(eval_data, "classes", classes) != classes:
+        known, other = set(classes), [c for c in eval_data.classes if c not in classes]
+        detail = f"'{other[0]}' is only in the eval set" if other else "the eval set lacks some"
+        if other or not known:
+            raise UserError(f"data: training and eval set have different classes: {detail}.")
+        raise UserError(
+            f"data: the eval set has {len(eval_data.classes)} classes, the training set {len(classes)}:"
+            " label numbers would not mean the same; give both sets the same class folders."
+        )
+    notes = [note for note in (getattr(d, "note", "") for d in (train_data, eval_data)) if note]
+    if eval_data is None:
+        train_data, eval_data = _hold_out(train_data, config)
+    if options.drop_last and len(train_data) < config.train.batch_size:
+        raise UserError(
+            f"train.batch_size: {config.train.batch_size} is more than the {len(train_data):,} training"
+            " samples, so with data.drop_last no batch is left; use a smaller one."
+        )
+    on_target = target_transform(options.target_transform, len(classes))
+    evaluating = eval_transform(config)
+    training = evaluating
+    if options.train_transform is not None:
+        training = ImageTransform(options.train_transform, options.mean, options.std)
+    train = Samples(train_data, training, on_target, config.seed)
+    evaluation = Samples(eval_data, evaluating, on_target, config.seed)
+    shape = tuple(train.sample(0, epoch=0)[0].shape)
+    return Data(train, evaluation, classes, shape, notes)
+
+
+def eval_transform(config: Config) -> ImageTransform:
+    """What evaluation and prediction do to an image."""
+    options = config.data
+    return ImageTransform(options.eval_transform, options.mean, options.std, "data.eval_transform")
+
+
+def _hold_out(data: Any, config: Config) -> tuple[Any, Any]:
+    """A training and an evaluation part of `data`, chosen by the seed."""
+    held = int(len(data) * config.data.eval_fraction)
+    if not 0 < held < len(data):
+        raise UserError(
+            f"data: '{config.data.name}' has no evaluation set; set data.eval_fraction=0.1 to hold out a"
+            " tenth of the training samples."
+        )
+    generator = torch.Generator().manual_seed(key(config.seed, "hold out"))
+    order = torch.randperm(len(data), generator=generator).tolist()
+    return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))

@@ -1,0 +1,122 @@
+"""Fetching: a data set as the DataLoader sees it, asked for whole micro-batches.
+
+A batch is fetched by one call. Sets in memory are indexed once per batch, and transforms that are not
+random run once per batch; all else is done sample by sample, with the sample's own seed.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from dist_train.config import Config
+from dist_train.data.images import InMemory
+from dist_train.data.order import Part
+from dist_train.data.transforms import ImageTransform, seed_sample
+from dist_train.runtime import Runtime, allowed_cpus
+
+
+class Batch(NamedTuple):
+    """What the model gets, and which part of which step it is."""
+
+    inputs: torch.Tensor  # [B, C, H, W]
+    targets: torch.Tensor  # [B, ...]
+    part: Part
+
+    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+        """The batch on `device`; a copy from page-locked memory does not wait."""
+        layout = torch.channels_last if channels_last and self.inputs.ndim == 4 else torch.preserve_format
+        return Batch(
+            self.inputs.to(device, non_blocking=True, memory_format=layout),
+            self.targets.to(device, non_blocking=True),
+            self.part,
+        )
+
+
+class Samples(Dataset[Batch]):
+    """`source` with its transforms; `__getitems__` takes a `Part` and returns a `Batch`."""
+
+    def __init__(
+        self,
+        source: Any,
+        transform: ImageTransform,
+        target_transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.source, self.transform, self.target_transform = source, transform, target_transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        return self.sample(index, epoch=0)
+
+    def __getitems__(self, part: Part) -> Batch:
+        memory = in_memory(self.source)
+        if memory is None or not self.transform.batched:
+            samples = [self.sample(int(index), part.epoch) for index in part.indices]
+            inputs, targets = default_collate(samples)
+            return Batch(inputs, targets, part)
+        index = torch.from_numpy(part.indices)
+        if isinstance(self.source, Subset):
+            index = torch.as_tensor(self.source.indices)[index]
+        targets = memory.labels[index]
+        if self.target_transform is not None:
+            targets = torch.stack([torch.as_tensor(self.target_transform(t)) for t in targets])
+        return Batch(self.transform(memory.images[index]), targets, part)
+
+    def sample(self, index: int, epoch: int) -> tuple[torch.Tensor, Any]:
+        """One transformed sample as (image `[C, H, W]`, target), as this epoch sees it."""
+        seed_sample(self.seed, epoch, index, everything=not self.is_plain)
+        image, label = self.source[index]
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return self.transform(image), label
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether source and transforms are ours, so that all they draw is torch's."""
+        return self.transform.ours and in_memory(self.source) is not None
+
+
+def in_memory(source: Any) -> InMemory | None:
+    """The data set in memory behind `source`, if there is one."""
+    base = source.dataset if isinstance(source, Subset) else source
+    return base if type(base) is InMemory else None
+
+
+def make_loader(
+    samples: Samples, sampler: Iterable[Part], config: Config, runtime: Runtime
+) -> DataLoader[Batch]:
+    """A DataLoader of micro-batches, with workers and page-locked memory where they help."""
+    options = config.data
+    workers = options.workers
+    if workers is None:
+        cheap = in_memory(samples.source) is not None and samples.transform.batched
+        workers = 0 if cheap else min(16, allowed_cpus() // runtime.local_world_size)
+    pin = runtime.device.type == "cuda" if options.pin_memory is None else options.pin_memory
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,  # type: ignore[arg-type]  # yields a Part where torch expects a list
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin and torch.cuda.is_available(),
+        prefetch_factor=options.prefetch if workers else None,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """Workers outlive the signals that end a run: the main process stops them when it has saved."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

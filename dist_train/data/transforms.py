@@ -1,0 +1,129 @@
+"""Transforms: from an image as it is read to the tensor that the model gets, keyed per sample.
+
+Names are those of torchvision.transforms.v2. What a random transform does to a sample is a function of
+(seed, epoch, index): the same in any worker process, on any rank, and when a step is replayed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from dist_train.config import UserError, construct, import_object, nearest
+from dist_train.runtime import key
+
+# Transforms without randomness that take a batch [B, C, H, W] as well as one image.
+BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
+
+
+class ImageTransform:
+    """uint8 images `[C, H, W]` to normalized float32 `[C, H', W']`.
+
+    Args:
+        names: names of v2 transforms, `{name: arguments}`, `package.module:object`, or callables.
+        mean, std: of each channel, of values from 0 to 1; empty for no normalization.
+        where: the configuration key that an error names.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[Any] = (),
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        where: str = "data.train_transform",
+    ) -> None:
+        built = [_build(name, f"{where}[{position}]") for position, name in enumerate(names)]
+        self.steps = [step for step, _ in built]
+        self.batched = all(name in BATCHED for _, name in built)
+        self.ours = all(name for _, name in built)  # only v2's, which draw from torch alone
+        self.mean = torch.tensor(mean).view(-1, 1, 1) if mean else None
+        self.std = torch.tensor(std).view(-1, 1, 1) if std else None
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        """One image `[C, H, W]`, or where `batched` a batch `[B, C, H, W]`."""
+        return self.to_float(self.geometry(image))
+
+    def geometry(self, image: Any) -> Any:
+        """The named transforms alone, before conversion and normalization."""
+        for step in self.steps:
+            image = step(image)
+        return image
+
+    def to_float(self, image: Any) -> torch.Tensor:
+        """Values from 0 to 1, then normalized; a tensor that is float already is only normalized."""
+        tensor = image if isinstance(image, torch.Tensor) else v2.functional.to_image(image)
+        if not tensor.is_floating_point():
+            tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
+        tensor = tensor.as_subclass(torch.Tensor)
+        if self.mean is not None:
+            if len(self.mean) not in (1, tensor.shape[-3]):
+                raise UserError(
+                    f"data.mean has {len(self.mean)} values, but the images have"
+                    f" {tensor.shape[-3]} channels."
+                )
+            tensor = (tensor - self.mean) / self.std
+        return tensor
+
+
+def seed_sample(seed: int, epoch: int, index: int, everything: bool = True) -> None:
+    """Seeds what a sample's transforms draw from: torch, and with `everything` also random and NumPy."""
+    number = key(seed, "augment", epoch, index)
+    torch.default_generator.manual_seed(number)
+    if everything:  # these two cost ten times what torch's costs
+        random.seed(number)
+        np.random.seed(number % 2**32)
+
+
+class OneHot:
+    """A class number to a float vector `[K]` with a one at its place."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def __call__(self, label: int) -> torch.Tensor:
+        """The vector of one label."""
+        return torch.nn.functional.one_hot(torch.as_tensor(label), self.classes).float()
+
+
+def target_transform(name: str | None, classes: int) -> Callable[[Any], Any] | None:
+    """The target transform that the configuration names."""
+    if name is None:
+        return None
+    if name == "one_hot":
+        return OneHot(classes)
+    if ":" in name:
+        return import_object(name, "data.target_transform")
+    raise UserError(
+        f"data.target_transform: there is no '{name}'{nearest(name, ['one_hot'])};"
+        " use one_hot or package.module:object."
+    )
+
+
+def _build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
+    """The transform, and its name if it is one of torchvision's."""
+    if callable(name):
+        return name, ""
+    args: Any = {}
+    if isinstance(name, dict) and len(name) == 1:
+        name, args = next(iter(name.items()))
+    if not isinstance(name, str):
+        raise UserError(f"{where}: write a transform as `Name` or `Name: {{argument: value}}`.")
+    if args is None:
+        args = {}
+    if not isinstance(args, dict):
+        raise UserError(f"{where}.{name}: arguments are `argument: value` pairs, not {args!r}.")
+    if ":" in name:
+        target = import_object(name, where)
+        # A class or a factory is called with the arguments; a plain function is the transform.
+        return (construct(target, args, where) if args or isinstance(target, type) else target), ""
+    known = [item for item in dir(v2) if isinstance(getattr(v2, item), type)]
+    if name not in known or name == "Transform":
+        raise UserError(f"{where}: torchvision.transforms.v2 has no '{name}'{nearest(name, known)}.")
+    if name in ("CutMix", "MixUp"):
+        raise UserError(f"{where}: {name} mixes several samples; it can't be applied to each alone.")
+    return construct(getattr(v2, name), args, f"{where}.{name}"), name

@@ -1,0 +1,171 @@
+"""Models by name: two of our own, torchvision's, timm's, and the user's. Imports only the configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from dist_train.config import UserError, construct, import_object, nearest
+
+
+def mlp(
+    input_shape: Sequence[int] = (1, 28, 28),
+    num_classes: int = 10,
+    hidden: Sequence[int] = (512, 512),
+    dropout: float = 0.0,
+) -> nn.Module:
+    """The network of PyTorch's quickstart tutorial: flat pixels, hidden layers with ReLU, one output per class.
+
+    `[B, C, H, W]` -> `[B, K]`.
+    """
+    widths = [math.prod(input_shape), *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
+
+
+def cnn(
+    in_channels: int = 1,
+    num_classes: int = 10,
+    widths: Sequence[int] = (32, 64, 128),
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A small, fast convolutional network: 3 x 3 convolutions with BatchNorm, each stage at half the size.
+
+    `[B, C, H, W]`, H and W at least 2 ** len(widths) -> `[B, K]`.
+    """
+    layers: list[nn.Module] = []
+    before = in_channels
+    for width in widths:
+        layers += [
+            nn.Conv2d(before, width, 3, padding=1, bias=False),
+            nn.MaxPool2d(2),  # before BatchNorm and ReLU: a quarter of their work, the same maxima
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        before = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(before, num_classes))
+
+
+MODELS = {"mlp": mlp, "cnn": cnn}
+
+
+def build(
+    name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int
+) -> nn.Module:
+    """The model `name` for images `[C, H, W]` and a number of classes.
+
+    Raises UserError for an unknown name or arguments that the model refuses.
+    """
+    channels = sample_shape[0]
+    if name in MODELS or ":" in name:
+        return construct(
+            MODELS[name] if name in MODELS else import_object(name, "model.name"),
+            args,
+            "model.args",
+            input_shape=tuple(sample_shape),
+            in_channels=channels,
+            num_classes=num_classes,
+        )
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"), args, channels, num_classes)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise UserError(
+            f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn, a"
+            " classifier of torchvision.models, timm/NAME, or package.module:object."
+        )
+    return _torchvision(name, args, sample_shape, num_classes)
+
+
+def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> tuple[int, ...]:
+    """The shape `[K]` of the output for one sample; raises UserError where they don't fit together."""
+    training = model.training
+    model.eval()  # BatchNorm can't normalize one sample
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, *sample_shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"model.name: '{name}' can't take images of shape {list(sample_shape)}: {reason}. Resize them"
+            " by data.eval_transform and data.train_transform, or choose another model."
+        ) from None
+    finally:
+        model.train(training)
+    return tuple(output.shape[1:])
+
+
+def _torchvision(
+    name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int
+) -> nn.Module:
+    args = dict(args)
+    if name in ("googlenet", "inception_v3") and not args.get("weights"):
+        args = {"aux_logits": False, "init_weights": True} | args
+    if name.startswith("vit_"):
+        args.setdefault("image_size", sample_shape[1])
+    if not args.get("weights"):
+        args["num_classes"] = num_classes
+    model = construct(torchvision.models.get_model_builder(name), args, "model.args")
+    if args.get("weights"):
+        replace_last(model, num_classes)
+    replace_first(model, sample_shape[0])
+    return model
+
+
+def replace_first(model: nn.Module, channels: int) -> None:
+    """Gives the first convolution `channels` input channels, its weights averaged over the old ones."""
+    name, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    if old.in_channels == channels:
+        return
+    new = nn.Conv2d(
+        channels,
+        old.out_channels,
+        old.kernel_size,  # type: ignore[arg-type]
+        old.stride,  # type: ignore[arg-type]
+        old.padding,  # type: ignore[arg-type]
+        old.dilation,  # type: ignore[arg-type]
+        old.groups,
+        old.bias is not None,
+        old.padding_mode,
+    )
+    with torch.no_grad():  # the same response to a grey image, in which all channels are alike
+        mean = old.weight.mean(1, keepdim=True) * (old.in_channels / channels)
+        new.weight.copy_(mean.expand_as(new.weight))
+        if old.bias is not None and new.bias is not None:
+            new.bias.copy_(old.bias)
+    _set(model, name, new)
+
+
+def replace_last(model: nn.Module, size: int) -> None:
+    """Puts a fresh layer with `size` outputs in place of the last linear one (pretrained weights)."""
+    name, old = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    if old.out_features != size:
+        _set(model, name, nn.Linear(old.in_features, size))
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _timm(name: str, args: dict[str, Any], channels: int, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise UserError(
+            f"model.name: 'timm/{name}' needs the package timm: pip install 'dist-train[timm]'."
+        ) from None
+    if name not in timm.list_models():
+        raise UserError(f"model.name: timm has no '{name}'{nearest(name, timm.list_models())}.")
+    options = {"in_chans": channels, "num_classes": num_classes} | args
+    return construct(timm.create_model, {"model_name": name, **options}, "model.args")

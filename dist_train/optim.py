@@ -1,0 +1,148 @@
+"""Optimizers by name, the learning rate as a function of the step, and the moving average of weights."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from dist_train.config import Config, Every, UserError, construct, import_object, nearest
+
+
+def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, over all trainable weights of `model`.
+
+    Raises UserError for an unknown name, wrong arguments, or a model with nothing to train.
+    """
+    name = config.optim.name
+    if ":" in name:
+        cls = import_object(name, "optim.name")
+    else:
+        known = [
+            item
+            for item, value in vars(torch.optim).items()
+            if isinstance(value, type)
+            and issubclass(value, torch.optim.Optimizer)
+            and item not in ("Optimizer", "LBFGS", "SparseAdam")  # need closures, sparse gradients
+        ]
+        if name not in known:
+            raise UserError(
+                f"optim.name: torch.optim has no optimizer '{name}' that works with this loop"
+                f"{nearest(name, known)}."
+            )
+        cls = getattr(torch.optim, name)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if not weights:
+        raise UserError(f"model.name: '{config.model.name}' has no weights to train.")
+    args = dict(config.optim.args)
+    for position in ("params", "lr"):
+        if position in args:
+            raise UserError(f"optim.args.{position}: set optim.lr; the weights are given already.")
+    if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
+        # One kernel for all weights. Not with fp16, whose scaler must see every step.
+        fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
+        args |= {"fused": True} if fits and weights[0].device.type in ("cpu", "cuda") else {}
+    optimizer: torch.optim.Optimizer = construct(
+        partial_named(cls, weights), args, "optim.args", lr=config.optim.lr
+    )
+    return optimizer
+
+
+def partial_named(
+    cls: Callable[..., torch.optim.Optimizer], weights: Sequence[nn.Parameter]
+) -> Callable[..., torch.optim.Optimizer]:
+    """`cls` with its weights given, under its own name, for the error messages."""
+    function = partial(cls, weights)
+    function.__name__ = getattr(cls, "__name__", "optimizer")  # type: ignore[attr-defined]
+    return function
+
+
+# --- the learning rate ----------------------------------------------------------------------------
+# Each schedule is the share of the peak learning rate at a moment t, from 0 (the end of the warm-up)
+# to 1 (the end of the training).
+
+
+def constant(t: float) -> float:
+    """Always the peak."""
+    return 1.0
+
+
+def linear(t: float, final: float = 0.0) -> float:
+    """Straight down to the share `final`."""
+    return 1 + (final - 1) * t
+
+
+def cosine(t: float, final: float = 0.0) -> float:
+    """Half a cosine down to the share `final` (Loshchilov and Hutter, 2017, without restarts)."""
+    return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+
+
+def one_cycle(t: float, rise: float = 0.3, start: float = 0.04, final: float = 0.0) -> float:
+    """Up by a cosine from the share `start` in the first `rise` of the time, then down to `final`.
+
+    The policy of Smith and Topin (2018), momentum left alone.
+    """
+    if t < rise:
+        return 1 + (start - 1) * (1 + math.cos(math.pi * t / rise)) / 2
+    return cosine((t - rise) / (1 - rise), final)
+
+
+def step(t: float, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1) -> float:
+    """Times `gamma` at each of the moments `milestones`."""
+    return gamma ** sum(t >= moment for moment in milestones)
+
+
+SCHEDULES = {f.__name__: f for f in (constant, linear, cosine, one_cycle, step)}
+
+
+def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of optimizer step k, k from 0 to total - 1, the same for any world size."""
+    function, args = SCHEDULES[config.schedule.name], config.schedule.args
+    if "t" in args:
+        raise UserError("schedule.args.t: the moment is not yours to set.")
+    construct(function, args, "schedule.args", t=0.0)  # its errors, before the training begins
+    warmup = Every.parse(config.schedule.warmup).in_steps(steps_per_epoch)
+    if warmup >= total and warmup:
+        raise UserError(
+            f"schedule.warmup: {warmup} steps of warm-up in a training of {total} steps; shorten it."
+        )
+    peak = config.optim.lr
+
+    def lr(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * function((step - warmup) / max(1, total - 1 - warmup), **args)
+
+    return lr
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives all weights the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def average_updater(
+    average: nn.Module, model: nn.Module, decay: float
+) -> Callable[[int], None]:
+    """A function of the step that moves the moving average `average` towards `model`.
+
+    A young average moves faster, by the step alone: nothing but the weights is state. Numbers that are
+    not floating point (BatchNorm's counters) are copied.
+    """
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    others = [pair for pair in pairs if not pair[0].is_floating_point()]
+    old, new = [pair[0] for pair in floats], [pair[1] for pair in floats]
+
+    @torch.no_grad()
+    def update(step: int) -> None:
+        torch._foreach_lerp_(old, new, 1 - min(decay, (1 + step) / (10 + step)))
+        for target, value in others:
+            target.copy_(value)
+
+    return update

@@ -1,0 +1,180 @@
+"""What a trained model is used for: predicting images, and evaluating it again.
+
+Both need a run's folder or one checkpoint file and nothing else: it holds the weights, the
+configuration, the class names and the shape of a sample.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from dist_train import checkpoint, data, models, runtime
+from dist_train import task as tasks
+from dist_train.config import UserError, from_mapping, nearest
+from dist_train.data.images import read_image
+from dist_train.evaluate import evaluate
+
+FORMATS = ("table", "csv", "json")
+BATCH = 64  # images predicted at once
+
+
+def load_model(place: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model in evaluation mode, on the CPU, and the checkpoint's other contents.
+
+    Args:
+        place: a run's folder (its best checkpoint, else its newest) or a checkpoint file.
+
+    Raises UserError if there is none, or none that can be trusted.
+    """
+    path = checkpoint.find(place)
+    saved = checkpoint.load(path)
+    settings = saved["config"]["model"]
+    shape, classes = saved["sample_shape"], saved["classes"]
+    args = {name: value for name, value in settings["args"].items() if name != "weights"}
+    model = models.build(settings["name"], args, shape, max(1, len(classes)))
+    try:
+        model.load_state_dict(saved["average"] or saved["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit model '{settings['name']}': {reason}") from None
+    return model.eval(), saved
+
+
+@torch.inference_mode()
+def predict(
+    place: str | Path, images: Iterable[Path], top: int = 3
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The `top` most probable classes of each image, and a sentence for each that can't be read.
+
+    A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`.
+    """
+    model, saved = load_model(place)
+    config, shape = from_mapping(saved["config"]), saved["sample_shape"]
+    if config.task.name != "classification":
+        raise UserError(f"{place}: predicts no classes: its task is '{config.task.name}'.")
+    transform = data.eval_transform(config)
+    rows: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for files in _batches(_image_files(images, errors)):
+        tensors, readable = [], []
+        for file in files:
+            try:
+                image = transform.geometry(read_image(file, shape[0]))
+                if list(image.shape[-2:]) != shape[-2:]:  # the model knows one size only
+                    image = v2.functional.resize(image, shape[-2:], antialias=True)
+                tensors.append(transform.to_float(image))
+                readable.append(file)
+            except UserError as error:
+                errors.append(str(error))
+        if tensors:
+            probabilities = model(torch.stack(tensors)).softmax(1)
+            best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+            for file, values, indices in zip(readable, best.values, best.indices, strict=True):
+                ranked = [
+                    [saved["classes"][i] if i < len(saved["classes"]) else str(i), round(p, 6)]
+                    for p, i in zip(values.tolist(), indices.tolist(), strict=True)
+                ]
+                name, probability = ranked[0]
+                row = {"image": str(file), "class": name, "probability": probability}
+                rows.append(row | {"top": ranked})
+    return rows, errors
+
+
+def check_format(name: str) -> None:
+    """Raises UserError for an unknown output format."""
+    if name not in FORMATS:
+        near = nearest(name, FORMATS)
+        raise UserError(f"--format: can't be '{name}'; choose one of {', '.join(FORMATS)}{near}.")
+
+
+def write(rows: Sequence[dict[str, Any]], format: str, output: Path | None) -> None:
+    """Writes predictions as a table, CSV or JSON, to `output` or the standard output."""
+    if format == "json":
+        text = json.dumps(list(rows), indent=2) + "\n"
+    elif format == "csv":
+        text = _csv(rows)
+    else:
+        text = _table(rows)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: {output} can't be written: {error.strerror}.") from None
+
+
+def evaluate_run(place: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """The metrics of a run's best checkpoint on its whole eval set, on all the processes there are.
+
+    Args:
+        overrides: `key=value` changes, such as data.root or device; the model stays as it is.
+    """
+    path = checkpoint.find(place)
+    saved = checkpoint.load(path)
+    config = from_mapping(saved["config"], overrides)
+    ranks = runtime.start(config)
+    try:
+        with ranks.together():
+            model, _ = load_model(path)
+            with ranks.main_of_node_first():
+                sets = data.build(config)
+            task = tasks.build(config)
+        model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
+        return evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
+    finally:
+        runtime.stop()
+
+
+def _image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:
+    """The files themselves, and of folders all images below them."""
+    for place in places:
+        if not place.is_dir():
+            yield place
+            continue
+        found = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            errors.append(f"{place}: holds no images.")
+        yield from found
+
+
+def _batches(files: Iterable[Path]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    for file in files:
+        batch.append(file)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    width = max((len(row["top"]) for row in rows), default=0)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    ranks = [name for rank in range(1, width + 1) for name in (f"class_{rank}", f"probability_{rank}")]
+    writer.writerow(["image", *ranks])
+    for row in rows:
+        writer.writerow([row["image"], *(cell for pair in row["top"] for cell in pair)])
+    return stream.getvalue()
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    cells = [[row["image"], *(f"{name} {p:6.1%}" for name, p in row["top"])] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
+    return "".join(f"{line.rstrip()}\n" for line in lines)

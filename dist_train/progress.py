@@ -1,0 +1,81 @@
+"""What rank 0 shows while it works: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class Progress:
+    """Shows rows of metrics and lines of text.
+
+    Args:
+        total: optimizer steps of the whole run.
+        start: steps done before.
+    """
+
+    def __init__(self, total: int, start: int = 0) -> None:
+        self.total = total
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=total, completed=start, shown="")
+            self._bar.start()
+
+    def row(self, step: int, row: dict[str, Any]) -> None:
+        """Shows a row of metrics; drawn now and at no other time, so that no thread works beside the loop."""
+        text = describe(row)
+        if self._bar:
+            self._bar.update(self._task, completed=step, shown=text)
+            self._bar.refresh()
+            if "eval/loss" in row:
+                self.say(f"step {step:,}/{self.total:,}  {text}")
+        else:
+            left = row.get("perf/seconds_left")
+            self.say(f"step {step:,}/{self.total:,}  {text}" + (f"  {clock(left)} left" if left else ""))
+
+    def say(self, text: str) -> None:
+        """Shows a line."""
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of metrics in words: `train/loss 2.29  lr 0.001  21,300 samples/s`."""
+    shown = [
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if not name.startswith(("perf/", "step", "epoch", "time", "attempt"))
+    ]
+    if row.get("perf/samples_per_second"):
+        shown.append(f"{row['perf/samples_per_second']:,.0f} samples/s")
+    return "  ".join(shown)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `4s`, `3m12s` or `2h05m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        auto_refresh=False,
+    )

@@ -1,0 +1,1 @@
+"""Looking at a run: the model's layers, the training images."""

@@ -1,0 +1,66 @@
+"""`dist-train summary`: the layers of a model with shapes, parameters and multiply-adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_train import data, models
+from dist_train.config import Config
+
+
+def summarize(config: Config) -> None:
+    """Prints a table of the model's layers for one sample, and the totals."""
+    sets = data.build(config)
+    # Weights without memory: a model of any size is summed up at once.
+    with torch.device("meta"):
+        args = {name: value for name, value in config.model.args.items() if name != "weights"}
+        model = models.build(config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
+        rows, multiply_adds = layers(model, sets.sample_shape)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "type", "output", "parameters"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left")
+    for name, kind, shape, parameters in rows:
+        table.add_row(name, kind, " x ".join(map(str, shape)), f"{parameters:,}")
+    # Not the terminal's width but the table's: piped output is not cut.
+    Console(width=120).print(table)
+    total = sum(weight.numel() for weight in model.parameters())
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    print(f"\ninput           {' x '.join(map(str, sets.sample_shape))}")
+    print(f"parameters      {total:,} ({trainable:,} trainable, {total * 4 / 2**20:,.1f} MiB in fp32)")
+    print(f"multiply-adds   {multiply_adds:,} per sample")
+
+
+def layers(
+    model: nn.Module, sample_shape: tuple[int, ...]
+) -> tuple[list[tuple[str, str, tuple[int, ...], int]], int]:
+    """(name, type, output shape without batch, own parameters) of each leaf layer, and the multiply-adds.
+
+    Multiply-adds are half of what torch.utils.flop_counter counts: products of matrices and convolutions.
+    """
+    rows: list[tuple[str, str, tuple[int, ...], int]] = []
+
+    def record(name: str, module: nn.Module) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            shape = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else ()
+            count = sum(weight.numel() for weight in module.parameters())
+            rows.append((name, type(module).__name__, shape, count))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name or type(module).__name__, module))
+        for name, module in model.named_modules()
+        if not any(module.children())
+    ]
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *sample_shape))
+    for handle in handles:
+        handle.remove()
+    return rows, counter.get_total_flops() // 2

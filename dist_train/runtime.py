@@ -1,0 +1,273 @@
+"""Processes, devices, threads and seeds: the only place that knows how we were launched.
+
+`start` reads the variables of torchrun, Accelerate or SLURM, checks that as many processes came up
+as were asked for, and returns a `Runtime`. Random numbers are keyed, never stored: `key` turns
+(seed, purpose, numbers) into a seed, `seed_device` sets the device's generator to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
+
+from dist_train.config import Config, UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others of the run."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, in place; on one process nothing is done."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` (any small picklable object) on every rank."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (any small picklable object), in the order of ranks, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Turns a UserError on any rank into the same UserError on all, so that none waits in vain."""
+        error = None
+        try:
+            yield
+        except UserError as caught:
+            error = caught
+        errors = self.gather(str(error) if error else "")
+        failed = [rank for rank, text in enumerate(errors) if text]
+        if failed:
+            where = "" if len(failed) == self.world_size else f"rank {failed[0]}: "
+            raise UserError(f"{where}{errors[failed[0]]}") from error
+
+    @contextmanager
+    def main_of_node_first(self) -> Iterator[None]:
+        """Lets each node's first rank through before the others: it downloads, they find the files."""
+        if self.local_rank != 0 and self.world_size > 1:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.local_rank == 0 and self.world_size > 1:
+                dist.barrier()
+
+
+def start(config: Config) -> Runtime:
+    """Joins the process group and chooses device, threads and precision.
+
+    Raises UserError when a device is missing or fewer processes came up than were asked for.
+    """
+    os.environ.update(slurm_ranks(os.environ))
+    _check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    device = choose_device(
+        config.device, torch.cuda.is_available(), torch.backends.mps.is_available()
+    )
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and torch.cuda.device_count() < local_world_size:
+        raise UserError(
+            f"{local_world_size} processes on this node but {torch.cuda.device_count()} GPUs:"
+            " start one process per GPU, or set device=cpu."
+        )
+    if device == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("device: MPS works with one process only; start one, or set device=cpu.")
+    torch.set_num_threads(cpu_threads(config.threads, local_world_size, os.environ))
+    if config.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
+            # Gradients are views of DDP's buckets: one copy less per step.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    return Runtime(
+        accelerator=accelerator,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        local_rank=local_rank,
+        world_size=accelerator.num_processes,
+        local_world_size=local_world_size,
+    )
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one, and forgets the device: another run may follow."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# --- decisions, each a pure function of what it is given -----------------------------------------
+
+
+def choose_device(wanted: str, cuda: bool, mps: bool) -> str:
+    """`wanted`, or for `auto` the first of CUDA, MPS, CPU that is there.
+
+    Raises UserError if what is wanted is not there.
+    """
+    if wanted == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    if (wanted == "cuda" and not cuda) or (wanted == "mps" and not mps):
+        raise UserError(f"device: '{wanted}' is not available on this machine; use device=auto.")
+    return wanted
+
+
+def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """torch's rank variables for a process that `srun` started; empty for any other process."""
+    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+        return {}
+    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    # Job, step and attempt choose the port (below the ephemeral ones): two jobs on a node don't
+    # meet, and a requeued job doesn't meet what is left of its last attempt.
+    attempt = int(env.get("SLURM_RESTART_COUNT", "0"))
+    chosen = key(int(env["SLURM_JOB_ID"]), "port", int(env["SLURM_STEP_ID"]), attempt)
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(per_node, int(env["SLURM_NODEID"]))),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + chosen % 15000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-005,9],x` -> `gpu003`."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    inside, _, tail = rest.partition("]")
+    return head + inside.replace("-", ",").split(",")[0] + tail.split(",")[0]
+
+
+def tasks_on_node(per_node: str, node: int) -> int:
+    """The number of tasks on a node, from SLURM's `2(x3),1`."""
+    counts: list[int] = []
+    for item in per_node.split(","):
+        count, _, times = item.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[node]
+
+
+def allowed_cpus() -> int:
+    """The number of CPUs that this process may really use: affinity and cgroup limits respected."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count or 1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
+        return max(1, count or 1)
+
+
+def cpu_threads(
+    wanted: int | None, local_world_size: int, env: dict[str, str] | os._Environ[str]
+) -> int:
+    """CPU threads for this rank: as wanted, else OMP_NUM_THREADS, else a fair share of the CPUs."""
+    if wanted:
+        return wanted
+    # torchrun and Accelerate set 1 where the user set nothing; that is no wish of the user's.
+    launcher_default = "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1"
+    if env.get("OMP_NUM_THREADS", "").isdigit() and not launcher_default:
+        return max(1, int(env["OMP_NUM_THREADS"]))
+    return max(1, allowed_cpus() // local_world_size)
+
+
+def micro_batch(global_batch: int, world_size: int, accumulate: int) -> int:
+    """Samples per rank and micro-batch. Raises UserError with the batch sizes that would divide."""
+    parts = world_size * accumulate
+    if global_batch % parts == 0:
+        return global_batch // parts
+    lower, upper = global_batch // parts * parts, (global_batch // parts + 1) * parts
+    near = f"{lower} or {upper}" if lower else str(upper)
+    divisors = [w for w in range(1, global_batch + 1) if global_batch % (w * accumulate) == 0]
+    worlds = f"; with {global_batch} it runs on {_listed(divisors)} processes" if divisors else ""
+    raise UserError(
+        f"train.batch_size: the global batch of {global_batch} can't be divided by {world_size}"
+        f" processes x {accumulate} accumulation steps; use {near}{worlds}."
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = numbers if len(numbers) <= 8 else [*numbers[:8], "..."]
+    return ", ".join(map(str, shown))
+
+
+# --- keyed random numbers ------------------------------------------------------------------------
+
+
+def key(seed: int, purpose: str, *numbers: int) -> int:
+    """A seed of 63 bits that is a function of its arguments, the same on every machine."""
+    data = struct.pack(f"<{1 + len(numbers)}q", seed, *numbers) + purpose.encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
+
+
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seeds torch's generators of the CPU and of `device`, without torch.manual_seed's 0.1 ms."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+# --- what was asked for --------------------------------------------------------------------------
+
+
+def _check_processes(world_size: int) -> None:
+    asked = _asked_of_accelerate()
+    if asked and asked > world_size:
+        raise UserError(
+            f"accelerate was asked for {asked} processes but started {world_size}: it does so for"
+            " plain CPU configurations; use launch/cpu_2.yaml (distributed_type: MULTI_GPU with"
+            " use_cpu) or torchrun."
+        )
+
+
+def _asked_of_accelerate() -> int | None:
+    """The number of processes that the parent `accelerate launch` was asked for, if it is one.
+
+    Accelerate tells a single child nothing about it, so its command line is parsed by its own parser.
+    """
+    return None

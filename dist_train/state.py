@@ -1,0 +1,161 @@
+"""All that changes in a run, how it becomes a checkpoint, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_train import checkpoint, models, optim
+from dist_train.config import Config, UserError, to_mapping
+from dist_train.data import Data
+from dist_train.runtime import Runtime, key
+
+
+@dataclass
+class State:
+    """The state of a run: its step and its tensors."""
+
+    model: nn.Module  # bare: not compiled, not wrapped
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None = None  # moving average of the weights
+    step: int = 0  # optimizer steps done
+    best: float | None = None  # best value of the metric that chooses the best checkpoint
+    metrics: dict[str, float] = field(default_factory=dict)  # of an evaluation at this very step
+    losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and exported: the moving average where there is one."""
+        return self.average or self.model
+
+
+def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None = None) -> State:
+    """The state at step 0, on the device. The initial weights are a function of the seed.
+
+    Raises UserError for a model or optimizer that can't be built, or that the images don't fit.
+    """
+    number = key(config.seed, "weights")
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+    if model is None:
+        if not data.classes and config.task.name == "classification":
+            raise UserError("data: the data set has no `classes`, so the model's outputs can't be counted.")
+        model = models.build(
+            config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
+        )
+    models.probe(model, data.sample_shape, config.model.name)
+    model.to(runtime.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
+    if config.compile:
+        model.compile()
+    return State(model, optim.build(config, model), average)
+
+
+def to_dict(config: Config, state: State, data: Data, scaler: Any) -> dict[str, Any]:
+    """What a checkpoint holds: everything that a run, an evaluation or a prediction starts from."""
+    return {
+        "format": checkpoint.FORMAT,
+        "step": state.step,
+        "config": to_mapping(config),
+        "model": state.model.state_dict(),
+        "average": state.average.state_dict() if state.average else None,
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+        "best": state.best,
+        "metrics": state.metrics,
+        "losses": state.losses,
+        "classes": data.classes,
+        "sample_shape": list(data.sample_shape),
+    }
+
+
+def choose(config: Config, warn: Any) -> Path | None:
+    """The checkpoint from which the run goes on, or None for a fresh start.
+
+    Raises UserError where `resume` forbids to go on, and where no checkpoint is whole.
+    """
+    folder = config.run_dir / "checkpoints"
+    existing = checkpoint.newest_first(folder)
+    if config.resume == "never" and (existing or (config.run_dir / "metrics.jsonl").exists()):
+        raise UserError(f"resume: the run {config.run_dir} exists; choose another run.name.")
+    if existing:
+        good = checkpoint.newest_good(folder, warn)
+        if good is None:
+            raise UserError(f"{folder}: all {len(existing)} checkpoints are damaged; move the folder away.")
+        return good
+    return None if config.resume in ("auto", "never") else checkpoint.find(config.resume)
+
+
+def restore(config: Config, path: Path, state: State, scaler: Any) -> list[str]:
+    """Fills `state` from a checkpoint; returns notes for the user.
+
+    Raises UserError if the configuration differs in a way that would make it another training.
+    """
+    saved = checkpoint.load(path, verified=True)
+    own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
+    differences = list(changes(saved["config"], to_mapping(config)))
+    harmful = [change for change in differences if not is_harmless(change)]
+    if harmful and own:
+        raise UserError(
+            f"{config.run_dir}: the run was started with another configuration ({'; '.join(harmful)});"
+            " choose another run.name, or put the values back."
+        )
+    try:
+        state.model.load_state_dict(saved["model"])
+        if state.average:
+            state.average.load_state_dict(saved["average"] or saved["model"])
+        _restore_optimizer(config, state.optimizer, saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit the model of this configuration: {reason}") from None
+    if scaler and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    state.step, state.best = saved["step"], saved["best"]
+    state.metrics, state.losses = saved["metrics"], saved["losses"]
+    noted = [change for change in differences if not change.startswith("run.")]
+    return [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
+
+
+def _restore_optimizer(
+    config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
+    """Restores the optimizer's tensors; what the configuration sets stays as the configuration says."""
+    ours = {"fused", "foreach", *config.optim.args}
+    groups = [
+        old | {name: value for name, value in new.items() if name in ours}
+        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+HARMLESS = (
+    "run.", "device", "threads", "timeout_seconds", "resume", "compile", "channels_last", "deterministic",
+    "data.root", "data.workers", "data.prefetch", "data.pin_memory", "eval.", "checkpoint.", "log.",
+    "wandb.", "train.accumulate",
+)  # fmt: skip
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """`key: old -> new` for each value that differs between two configurations."""
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict) and name != "args":
+            yield from changes(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name}: {before} -> {after}"
+
+
+def is_harmless(change: str) -> bool:
+    """Whether a change leaves the meaning of the steps done so far alone; longer training does."""
+    return change.startswith((*HARMLESS, "train.epochs", "train.steps"))
