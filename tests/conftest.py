@@ -1,0 +1,286 @@
+"""Small worlds for the tests: data of a few kilobytes, and the program as a real process.
+
+What is missing skips a test on a user's machine and fails it where `CI` is set: see `missing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).resolve().parent.parent
+CLASSES = ["bright", "dark", "striped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a process ended."""
+
+    rc: int
+    out: str
+    err: str
+
+    def __str__(self) -> str:
+        return f"exit code {self.rc}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+def environment(**extra: Any) -> dict[str, str]:
+    """This environment without what a launcher or W&B put there; one CPU thread; and `extra`."""
+    strange = ("WANDB_", "SLURM_", "ACCELERATE_", "TORCHELASTIC_", "MASTER_", "OMP_")
+    named = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NETRC"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(strange) and k not in named}
+    kept |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
+        "NETRC": os.devnull,  # no API key of the person who runs the tests
+        "COLUMNS": "100",
+    }
+    return kept | {name: str(value) for name, value in extra.items()}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _finish(process: subprocess.Popen[str], timeout: float) -> Finished:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        out, err = process.communicate()
+        pytest.fail(f"still running after {timeout} s: {process.args}\n{out}\n{err}")
+    return Finished(process.returncode, out, err)
+
+
+def kill(process: subprocess.Popen[Any]) -> None:
+    """Kills a process that `start` began, with all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start(*command, cwd=tmp_path, env={}) -> Popen in a session of its own; gone after the test.
+
+    A command that starts with `-` is one for this Python: start("-m", "dist_train", ...).
+    """
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(
+        *command: Any, cwd: Path = tmp_path, env: dict[str, Any] | None = None
+    ) -> subprocess.Popen[str]:
+        words = [str(word) for word in command]
+        process = subprocess.Popen(
+            [sys.executable, *words] if words[0].startswith("-") else words,
+            cwd=cwd,
+            env=environment(**(env or {})),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        kill(process)
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream:
+                stream.close()
+
+
+@pytest.fixture
+def run(start: Callable[..., Any]) -> Callable[..., Finished]:
+    """run(*command, cwd=tmp_path, env={}, timeout=120) -> Finished; the command as for `start`."""
+
+    def finish(*command: Any, timeout: float = 120, **options: Any) -> Finished:
+        return _finish(start(*command, **options), timeout)
+
+    return finish
+
+
+@pytest.fixture
+def cli(run: Callable[..., Finished]) -> Callable[..., Finished]:
+    """cli("train", ..., cwd=tmp_path, env={}) -> Finished: `python -m dist_train train ...`."""
+    return lambda *arguments, **options: run("-m", "dist_train", *arguments, **options)
+
+
+@pytest.fixture
+def ranks(start: Callable[..., Any]) -> Callable[..., list[Finished]]:
+    """ranks(2, "train", ...) -> [Finished of rank 0, of rank 1]: started without any launcher."""
+
+    def together(
+        count: int,
+        *arguments: Any,
+        timeout: float = 120,
+        env: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Finished]:
+        shared = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port(),
+        }
+        processes = [
+            start(
+                "-m",
+                "dist_train",
+                *arguments,
+                env={**shared, "RANK": rank, "LOCAL_RANK": rank, **(env or {})},
+                **options,
+            )
+            for rank in range(count)
+        ]
+        return [_finish(process, timeout) for process in processes]
+
+    return together
+
+
+@pytest.fixture
+def wait_for() -> Callable[..., None]:
+    """wait_for(condition, process, seconds=60): until condition(); fails if the process ends."""
+
+    def wait(
+        condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60
+    ) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if process.poll() is not None:
+                pytest.fail(f"ended too early: {_finish(process, 5)}")
+            if time.monotonic() > deadline:
+                kill(process)
+                pytest.fail(f"nothing came in {seconds} s: {_finish(process, 5)}")
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture
+def missing() -> Callable[[str], NoReturn]:
+    """missing("g++ is not here"): skips the test, or fails it where CI is set."""
+
+    def report(what: str) -> NoReturn:
+        if os.environ.get("CI"):
+            pytest.fail(what)
+        pytest.skip(what)
+
+    return report
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def pictures(count: int, size: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`count` grey images uint8 [N, size, size] of the CLASSES in turn, and labels int64 [N]."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    images = generator.integers(0, 60, (count, size, size))
+    images[labels == 0] += 190
+    images[labels == 1] += 10
+    images[labels == 2, ::2] += 190
+    return images.astype(np.uint8), labels.astype(np.int64)
+
+
+def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> list[tuple[Path, str]]:
+    """`count` PNG files of the three CLASSES in turn; returns (path, class name) of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, (image, label) in enumerate(zip(*pictures(count, size, seed), strict=True)):
+        path = folder / f"{number:03}.png"
+        Image.fromarray(image).convert("RGB").save(path)
+        written.append((path, CLASSES[label]))
+    return written
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """arrays.npz: 90 training and 37 eval images of 8 x 8 pixels, in 3 learnable classes."""
+    x_train, y_train = pictures(90)
+    x_test, y_test = pictures(37, seed=1)
+    path = tmp_path / "arrays.npz"
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path
+
+
+@pytest.fixture
+def small(npz: Path) -> list[str]:
+    """Arguments of a training of 12 steps on `npz`, recorded in runs/run; later ones win."""
+    return [
+        "data.name=arrays",
+        f"data.root={npz}",
+        "data.args.classes=[bright,dark,striped]",
+        "data.workers=0",
+        "model.args.hidden=[16]",
+        "optim.lr=0.1",
+        "train.batch_size=16",
+        "train.steps=12",
+        "log.every=4",
+        "device=cpu",
+        "wandb.mode=disabled",
+    ]
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """images/{train,val}/{bright,dark,striped}/*.png: 30 and 12 RGB images of 8 x 8 pixels."""
+    top = tmp_path / "images"
+    for part, count, seed in (("train", 30, 0), ("val", 12, 1)):
+        for path, name in write_images(tmp_path / "loose", count, seed=seed):
+            (top / part / name).mkdir(parents=True, exist_ok=True)
+            path.rename(top / part / name / path.name)
+    return top
+
+
+@pytest.fixture
+def csv_data(tmp_path: Path) -> Path:
+    """csv/{train.csv,eval.csv,pictures/*.png}: 30 and 12 images, a header, labels by name."""
+    top = tmp_path / "csv"
+    for part, count, seed in (("train", 30, 0), ("eval", 12, 1)):
+        rows = write_images(top / "pictures" / part, count, seed=seed)
+        shown = [(f"{part}/{path.name}", name) for path, name in rows]
+        write_csv(top / f"{part}.csv", [("file_name", "label"), *shown])
+    return top
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
+    """A CSV file of these rows."""
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    return path
+
+
+@pytest.fixture
+def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """files(folder) -> {path: (size, mtime in ns)} of all that lies in it, to see what changed."""
+
+    def listing(folder: Path) -> dict[str, tuple[int, int]]:
+        return {
+            str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+            for path in sorted(folder.rglob("*"))
+        }
+
+    return listing
