@@ -123,7 +123,8 @@ def start(config: Config) -> Runtime:
     )
     return Runtime(
         accelerator=accelerator,
-        device=accelerator.device,
+        # Accelerate may say "cpu:0", which torch takes for another device than "cpu" and copies to.
+        device=torch.device("cpu") if device == "cpu" else accelerator.device,
         rank=accelerator.process_index,
         local_rank=local_rank,
         world_size=accelerator.num_processes,

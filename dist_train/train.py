@@ -135,12 +135,12 @@ def _loop(
     eval_every, save_every = Every.parse(config.eval.every), Every.parse(config.checkpoint.every)
     best = Best.parse(config.checkpoint.best or task.best)
     saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep) if ranks.is_main else None
+    model, optimizer = accelerator.prepare(state.model, state.optimizer)  # may move the weights
+    model.train()
     weights = [weight for weight in state.model.parameters() if weight.requires_grad]
     average = None
     if state.average:
         average = optim.average_updater(state.average, state.model, config.train.ema)
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)
-    model.train()
     eval_batches = sets.eval_loader(config, ranks)
     batches = iter(sets.train_loader(config, ranks, state.step, total))
     window, clock = Window(ranks, accumulate, state.losses), Clock(config.train.batch_size)

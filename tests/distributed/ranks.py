@@ -1,0 +1,98 @@
+"""Starting the ranks of a run as real processes, without a launcher, and looking at what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+SMALL = ["wandb.mode=disabled", "device=cpu", "data.workers=0"]
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a rank: one thread, no variables of a launcher around the tests."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM_")}
+    path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
+
+
+def start(command: list[str], processes: int, cwd: Path) -> list[subprocess.Popen[str]]:
+    """Starts `command` on so many ranks; each in a process group of its own, its output in a file."""
+    port = str(free_port())
+    started = []
+    for rank in range(processes):
+        variables = {} if processes == 1 else {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        output = (cwd / f"rank{rank}.out").open("a")
+        started.append(
+            subprocess.Popen(
+                command, cwd=cwd, env=environment(**variables), stdin=subprocess.DEVNULL,
+                stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            )
+        )  # fmt: skip
+    return started
+
+
+def train_command(*arguments: str) -> list[str]:
+    """`python -m dist_train train ...` with what makes tests quick."""
+    return [PYTHON, "-m", "dist_train", "train", *SMALL, *arguments]
+
+
+def train(cwd: Path, *arguments: str, processes: int = 1, expect: int = 0) -> None:
+    """Trains to the end on so many ranks; each must exit with `expect`."""
+    ranks = start(train_command(*arguments), processes, cwd)
+    codes = [rank.wait(timeout=240) for rank in ranks]
+    assert codes == [expect] * processes, (cwd / "rank0.out").read_text()[-3000:]
+
+
+def last(cwd: Path, name: str = "run") -> dict[str, Any]:
+    """The newest checkpoint of a run."""
+    path = cwd / "runs" / name / "checkpoints" / "last.pt"
+    return torch.load(path, weights_only=True)
+
+
+def status(cwd: Path, name: str = "run") -> dict[str, Any]:
+    """status.json of a run."""
+    return json.loads((cwd / "runs" / name / "status.json").read_text())
+
+
+def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether model, moving average and optimizer of two checkpoints are equal to the last bit."""
+    return all(
+        equal(one[part], other[part]) for part in ("model", "average", "optimizer", "metrics")
+    )
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Equality of nested containers with tensors in them."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Relative L2 distance of the weights of two checkpoints."""
+    a, b = (torch.cat([v.double().flatten() for v in c["model"].values()]) for c in (one, other))
+    return float((a - b).norm() / a.norm())

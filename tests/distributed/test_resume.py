@@ -1,0 +1,119 @@
+"""Guarantee 1: a run that was killed anywhere ends with the weights of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_train.tracking import read_metrics
+from tests.distributed.ranks import last, same_bits, start, status, train, train_command
+
+# A shuffled epoch has 94 steps, the last one short; checkpoints, rows and evaluations lie across each other.
+COMMON = [
+    "data.name=fashion_mnist", "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 28, padding: 2}}]",
+    "train.batch_size=64", "train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0", "train.steps=140",
+    "data.workers=2", "log.every=9", "eval.every=50", "checkpoint.every=13", "optim.args.momentum=0.9",
+    "optim.lr=0.05", "schedule.name=cosine", "schedule.warmup=10", "data.args.download=false",
+]  # fmt: skip
+MODELS = {
+    "mlp with dropout": ["model.name=mlp", "model.args.hidden=[64]", "model.args.dropout=0.3"],
+    "cnn with batchnorm": ["model.name=cnn", "model.args.widths=[8,16]", "model.args.dropout=0.1"],
+}
+
+
+@pytest.fixture
+def sample(tmp_path: Path) -> str:
+    """The shipped sample as data.root, so that the small set is used wherever the whole one is at hand."""
+    assets = Path(__file__).parents[2] / "dist_train" / "assets"
+    return f"data.root={assets}"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(
+    tmp_path: Path, sample: str, model: str, processes: int
+) -> None:
+    arguments = [*COMMON, *MODELS[model], sample]
+    train(tmp_path, *arguments, "run.name=undisturbed", processes=processes)
+    kills = random.Random(f"{model} {processes}")
+    metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
+    for kill in range(2):  # each after some more rows; once in the first epoch, once in the second
+        ranks = start(train_command(*arguments, "run.name=killed"), processes, tmp_path)
+        _wait_for_step(metrics, (30, 100)[kill] + kills.randrange(20))
+        time.sleep(kills.random() / 10)
+        for rank in ranks:
+            os.killpg(rank.pid, signal.SIGKILL)
+        assert {rank.wait() for rank in ranks} == {-signal.SIGKILL}
+    train(tmp_path, *arguments, "run.name=killed", processes=processes)
+    assert status(tmp_path, "killed")["attempts"] == 3
+    assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, "killed"))
+    assert _history(tmp_path / "runs" / "undisturbed") == _history(tmp_path / "runs" / "killed")
+
+
+def test_an_interrupted_run_saves_on_all_ranks_at_one_step_and_goes_on(
+    tmp_path: Path, sample: str
+) -> None:
+    arguments = [*COMMON, *MODELS["mlp with dropout"], sample, "checkpoint.every=never"]
+    train(tmp_path, *arguments, "run.name=undisturbed", processes=2)
+    ranks = start(train_command(*arguments, "run.name=stopped"), 2, tmp_path)
+    _wait_for_step(tmp_path / "runs" / "stopped" / "metrics.jsonl", 20)
+    ranks[1].send_signal(signal.SIGUSR1)  # one rank alone, and not rank 0
+    assert [rank.wait(timeout=60) for rank in ranks] == [75, 75]
+    stopped = status(tmp_path, "stopped")
+    assert stopped["state"] == "interrupted"
+    assert last(tmp_path, "stopped")["step"] == stopped["step"] < 140
+    train(tmp_path, *arguments, "run.name=stopped", processes=2)
+    assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, "stopped"))
+    assert _history(tmp_path / "runs" / "undisturbed") == _history(tmp_path / "runs" / "stopped")
+
+
+def test_a_run_goes_on_on_another_number_of_processes(tmp_path: Path, sample: str) -> None:
+    plain = [
+        sample,
+        "train.batch_size=64",
+        "model.args.hidden=[64]",
+        "checkpoint.every=10",
+        "log.every=5",
+    ]
+    train(tmp_path, *plain, "train.steps=40", "run.name=straight")
+    train(tmp_path, *plain, "train.steps=10", "run.name=moved", processes=2)
+    train(tmp_path, *plain, "train.steps=20", "run.name=moved", processes=1)
+    train(tmp_path, *plain, "train.steps=30", "run.name=moved", processes=4)
+    train(tmp_path, *plain, "train.steps=40", "run.name=moved", processes=2)
+    a, b = last(tmp_path, "straight"), last(tmp_path, "moved")
+    difference = sum((a["model"][k] - b["model"][k]).double().square().sum() for k in a["model"])
+    size = sum(value.double().square().sum() for value in a["model"].values())
+    assert (difference / size).sqrt() < 1e-6
+
+
+def _wait_for_step(metrics: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics.exists():
+            lines = metrics.read_text().splitlines()
+            if lines and _step(lines[-1]) >= step:
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"no step {step} in {metrics}")
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return 0
+
+
+def _history(run: Path) -> list[dict[str, object]]:
+    """The effective history without what a clock tells."""
+    clocks = ("time", "attempt")
+    return [
+        {k: v for k, v in row.items() if k not in clocks and not k.startswith("perf/")}
+        for row in read_metrics(run)
+    ]
