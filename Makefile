@@ -1,0 +1,54 @@
+# Works with GNU make 3.81 (macOS) and later. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+BIN := .venv/bin
+
+.PHONY: help train test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+train: .venv/installed ## Install what is missing and train configs/quickstart.yaml (or CONFIG=...)
+	$(BIN)/dist-train train $(CONFIG)
+
+test: .venv/installed-dev ## Run all checks: format, lint, types, tests (ARGS="-k resume" goes to pytest)
+	@failed=0; \
+	check() { echo "$$*"; "$$@" || { failed=1; echo "make test: FAILED: $$*" >&2; }; }; \
+	check $(BIN)/ruff format --check .; \
+	check $(BIN)/ruff check .; \
+	check $(BIN)/mypy; \
+	check $(BIN)/python -m pytest $(ARGS); \
+	exit $$failed
+
+lint: .venv/installed-dev ## Check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: .venv/installed ## Run all benchmarks (one: .venv/bin/python benchmarks/overhead.py)
+	@for file in benchmarks/[a-z]*.py; do \
+	  echo "$(BIN)/python $$file"; $(BIN)/python "$$file" || exit 1; \
+	done
+
+clean: ## Delete .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Written last by `python -m venv`: a half-made .venv is made again.
+.venv/bin/activate:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 10) <= v < (3, 14) or sys.exit("dist_train needs Python 3.10 to 3.13, but $(PYTHON) is %d.%d; give another, as in: make train PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+
+# Stamps: the project is installed again only after pyproject.toml changed.
+.venv/installed: pyproject.toml .venv/bin/activate
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml .venv/bin/activate
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch .venv/installed $@
