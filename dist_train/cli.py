@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -56,7 +56,7 @@ def train(arguments: Configs) -> None:
 @app.command("eval")
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run's folder or a checkpoint file.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE...]")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
 ) -> None:
     """Measure a run's best checkpoint on the whole eval set, exactly, on any number of processes."""
     from dist_train.predict import evaluate_run
@@ -73,7 +73,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
-    output: Annotated[Optional[Path], typer.Option(help="Write there instead of printing.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
 ) -> None:
     """Name the classes of images. Exit code 2 if any of them can't be read, after the others are done."""
     from dist_train import predict as prediction
@@ -117,7 +117,9 @@ def samples(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit

@@ -55,7 +55,12 @@ class Clock:
         self._restart()
 
     def _restart(self) -> None:
-        self.start, self.steps, self.data_seconds, self.paused_seconds = time.perf_counter(), 0, 0.0, 0.0
+        self.start, self.steps, self.data_seconds, self.paused_seconds = (
+            time.perf_counter(),
+            0,
+            0.0,
+            0.0,
+        )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

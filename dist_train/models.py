@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ def mlp(
     hidden: Sequence[int] = (512, 512),
     dropout: float = 0.0,
 ) -> nn.Module:
-    """The network of PyTorch's quickstart tutorial: flat pixels, hidden layers with ReLU, one output per class.
+    """The network of PyTorch's quickstart tutorial: flat pixels, hidden layers with ReLU, an output per class.
 
     `[B, C, H, W]` -> `[B, K]`.
     """
     widths = [math.prod(input_shape), *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
         if dropout:
             layers.append(nn.Dropout(dropout))
@@ -56,12 +57,10 @@ def cnn(
     return nn.Sequential(*layers, nn.Linear(before, num_classes))
 
 
-MODELS = {"mlp": mlp, "cnn": cnn}
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
 
 
-def build(
-    name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int
-) -> nn.Module:
+def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int) -> nn.Module:
     """The model `name` for images `[C, H, W]` and a number of classes.
 
     Raises UserError for an unknown name or arguments that the model refuses.
@@ -105,9 +104,7 @@ def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> tuple[int
     return tuple(output.shape[1:])
 
 
-def _torchvision(
-    name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int
-) -> nn.Module:
+def _torchvision(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int) -> nn.Module:
     args = dict(args)
     if name in ("googlenet", "inception_v3") and not args.get("weights"):
         args = {"aux_logits": False, "init_weights": True} | args

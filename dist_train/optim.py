@@ -126,9 +126,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def average_updater(
-    average: nn.Module, model: nn.Module, decay: float
-) -> Callable[[int], None]:
+def average_updater(average: nn.Module, model: nn.Module, decay: float) -> Callable[[int], None]:
     """A function of the step that moves the moving average `average` towards `model`.
 
     A young average moves faster, by the step alone: nothing but the weights is state. Numbers that are

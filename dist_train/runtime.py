@@ -1,15 +1,11 @@
-"""Processes, devices, threads and seeds: the only place that knows how we were launched.
+"""Processes, devices and threads: what this process is among the others, and what it runs on.
 
-`start` reads the variables of torchrun, Accelerate or SLURM, checks that as many processes came up
-as were asked for, and returns a `Runtime`. Random numbers are keyed, never stored: `key` turns
-(seed, purpose, numbers) into a seed, `seed_device` sets the device's generator to it.
+`start` checks that as many processes came up as were asked for, and returns a `Runtime`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 
 from dist_train.config import Config, UserError
+from dist_train.launchers import asked_of_accelerate, slurm_ranks
 
 
 @dataclass(frozen=True)
@@ -93,18 +90,25 @@ def start(config: Config) -> Runtime:
     Raises UserError when a device is missing or fewer processes came up than were asked for.
     """
     os.environ.update(slurm_ranks(os.environ))
-    _check_processes(int(os.environ.get("WORLD_SIZE", "1")))
-    device = choose_device(
-        config.device, torch.cuda.is_available(), torch.backends.mps.is_available()
-    )
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if (asked := asked_of_accelerate()) and asked > world_size:
+        raise UserError(
+            f"accelerate was asked for {asked} processes but started {world_size}, as it does with its"
+            " CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
+        )
+    if world_size > 1 and os.environ.get("MASTER_PORT") == "0":
+        raise UserError(
+            "MASTER_PORT is 0, where ranks can't meet; use torchrun --standalone for a free port."
+        )
+    device = choose_device(config.device, torch.cuda.is_available(), torch.backends.mps.is_available())
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and torch.cuda.device_count() < local_world_size:
         raise UserError(
             f"{local_world_size} processes on this node but {torch.cuda.device_count()} GPUs:"
             " start one process per GPU, or set device=cpu."
         )
-    if device == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device == "mps" and world_size > 1:
         raise UserError("device: MPS works with one process only; start one, or set device=cpu.")
     torch.set_num_threads(cpu_threads(config.threads, local_world_size, os.environ))
     if config.precision == "tf32":
@@ -154,44 +158,6 @@ def choose_device(wanted: str, cuda: bool, mps: bool) -> str:
     return wanted
 
 
-def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
-    """torch's rank variables for a process that `srun` started; empty for any other process."""
-    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
-        return {}
-    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
-    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
-    # Job, step and attempt choose the port (below the ephemeral ones): two jobs on a node don't
-    # meet, and a requeued job doesn't meet what is left of its last attempt.
-    attempt = int(env.get("SLURM_RESTART_COUNT", "0"))
-    chosen = key(int(env["SLURM_JOB_ID"]), "port", int(env["SLURM_STEP_ID"]), attempt)
-    return {
-        "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_NTASKS"],
-        "LOCAL_RANK": env["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks_on_node(per_node, int(env["SLURM_NODEID"]))),
-        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
-        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + chosen % 15000),
-    }
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: `gpu[003-005,9],x` -> `gpu003`."""
-    head, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in head:
-        return nodelist.split(",")[0]
-    inside, _, tail = rest.partition("]")
-    return head + inside.replace("-", ",").split(",")[0] + tail.split(",")[0]
-
-
-def tasks_on_node(per_node: str, node: int) -> int:
-    """The number of tasks on a node, from SLURM's `2(x3),1`."""
-    counts: list[int] = []
-    for item in per_node.split(","):
-        count, _, times = item.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
-    return counts[node]
-
-
 def allowed_cpus() -> int:
     """The number of CPUs that this process may really use: affinity and cgroup limits respected."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -202,14 +168,13 @@ def allowed_cpus() -> int:
         return max(1, count or 1)
 
 
-def cpu_threads(
-    wanted: int | None, local_world_size: int, env: dict[str, str] | os._Environ[str]
-) -> int:
+def cpu_threads(wanted: int | None, local_world_size: int, env: dict[str, str] | os._Environ[str]) -> int:
     """CPU threads for this rank: as wanted, else OMP_NUM_THREADS, else a fair share of the CPUs."""
     if wanted:
         return wanted
     # torchrun and Accelerate set 1 where the user set nothing; that is no wish of the user's.
-    launcher_default = "TORCHELASTIC_RUN_ID" in env and env.get("OMP_NUM_THREADS") == "1"
+    launched = "TORCHELASTIC_RUN_ID" in env or "ACCELERATE_MIXED_PRECISION" in env
+    launcher_default = launched and env.get("OMP_NUM_THREADS") == "1"
     if env.get("OMP_NUM_THREADS", "").isdigit() and not launcher_default:
         return max(1, int(env["OMP_NUM_THREADS"]))
     return max(1, allowed_cpus() // local_world_size)
@@ -235,15 +200,6 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, shown))
 
 
-# --- keyed random numbers ------------------------------------------------------------------------
-
-
-def key(seed: int, purpose: str, *numbers: int) -> int:
-    """A seed of 63 bits that is a function of its arguments, the same on every machine."""
-    data = struct.pack(f"<{1 + len(numbers)}q", seed, *numbers) + purpose.encode()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
-
-
 def seed_device(device: torch.device, seed: int) -> None:
     """Seeds torch's generators of the CPU and of `device`, without torch.manual_seed's 0.1 ms."""
     torch.default_generator.manual_seed(seed)
@@ -251,24 +207,3 @@ def seed_device(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-
-
-# --- what was asked for --------------------------------------------------------------------------
-
-
-def _check_processes(world_size: int) -> None:
-    asked = _asked_of_accelerate()
-    if asked and asked > world_size:
-        raise UserError(
-            f"accelerate was asked for {asked} processes but started {world_size}: it does so for"
-            " plain CPU configurations; use launch/cpu_2.yaml (distributed_type: MULTI_GPU with"
-            " use_cpu) or torchrun."
-        )
-
-
-def _asked_of_accelerate() -> int | None:
-    """The number of processes that the parent `accelerate launch` was asked for, if it is one.
-
-    Accelerate tells a single child nothing about it, so its command line is parsed by its own parser.
-    """
-    return None

@@ -16,7 +16,8 @@ from torch import nn
 from dist_train import checkpoint, models, optim
 from dist_train.config import Config, UserError, to_mapping
 from dist_train.data import Data
-from dist_train.runtime import Runtime, key
+from dist_train.keys import key
+from dist_train.runtime import Runtime
 
 
 @dataclass
@@ -127,9 +128,7 @@ def restore(config: Config, path: Path, state: State, scaler: Any) -> list[str]:
     return [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
 
 
-def _restore_optimizer(
-    config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> None:
+def _restore_optimizer(config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """Restores the optimizer's tensors; what the configuration sets stays as the configuration says."""
     ours = {"fused", "foreach", *config.optim.args}
     groups = [

@@ -45,7 +45,12 @@ class Tracker:
 
     def log(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Records a row of metrics after `step` optimizer steps."""
-        row = {"step": step, "epoch": epoch, "time": round(self.seconds, 3), "attempt": self.attempt}
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "time": round(self.seconds, 3),
+            "attempt": self.attempt,
+        }
         row |= values
         self._metrics.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
         self._metrics.flush()

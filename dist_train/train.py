@@ -20,12 +20,13 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, Every, UserError, from_mapping, load, to_yaml
+from dist_train.config import Config, Every, from_mapping, load, to_yaml
 from dist_train.evaluate import evaluate
 from dist_train.interrupt import Interrupt
+from dist_train.keys import key
 from dist_train.meters import Best, Clock, Window
 from dist_train.progress import Progress
-from dist_train.runtime import Runtime, key, seed_device
+from dist_train.runtime import Runtime, seed_device
 from dist_train.state import State
 from dist_train.task import Task
 from dist_train.tracking import Tracker
@@ -102,8 +103,9 @@ def _fit(
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics)
     tracker = _open_record(config, total, state.step) if ranks.is_main else None
-    for note in [*sets.notes, *notes, _describe(config, ranks, sets, total)] if tracker else ():
-        tracker.say(note)
+    if tracker:
+        for note in [*sets.notes, *notes, _describe(config, ranks, sets, total)]:
+            tracker.say(note)
     end, reason = "failed", ""
     try:
         reason = _loop(config, ranks, interrupt, state, sets, task, tracker, schedule, total)
@@ -160,8 +162,8 @@ def _loop(
         if saver:
             saver.save(states.to_dict(config, state, sets, accelerator.scaler), is_best)
 
-    if state.step and not state.metrics and (
-        state.step == total or eval_every.due(state.step, per_epoch)
+    if (
+        state.step and not state.metrics and (state.step == total or eval_every.due(state.step, per_epoch))
     ):  # the attempt before was interrupted ahead of this evaluation
         measure()
         save(best.improves(state.metrics, state.best))

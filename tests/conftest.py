@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -73,7 +74,11 @@ def _finish(process: subprocess.Popen[str], timeout: float) -> Finished:
 
 
 def kill(process: subprocess.Popen[Any]) -> None:
-    """Kills a process that `start` began, with all that it started."""
+    """Kills a process that `start` began, with all that it started, in whatever session they are."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -164,9 +169,7 @@ def ranks(start: Callable[..., Any]) -> Callable[..., list[Finished]]:
 def wait_for() -> Callable[..., None]:
     """wait_for(condition, process, seconds=60): until condition(); fails if the process ends."""
 
-    def wait(
-        condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60
-    ) -> None:
+    def wait(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if process.poll() is not None:
@@ -232,7 +235,6 @@ def small(npz: Path) -> list[str]:
     return [
         "data.name=arrays",
         f"data.root={npz}",
-        "data.args.classes=[bright,dark,striped]",
         "data.workers=0",
         "model.args.hidden=[16]",
         "optim.lr=0.1",

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,9 +25,9 @@ def load(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
 
     Raises UserError for whatever is wrong with any of them.
     """
-    paths = [Path(path) for path in paths]
-    name = paths[0].stem if paths else "run"
-    return _load([(_read_yaml(path), str(path)) for path in paths], overrides, name)
+    files = [Path(path) for path in paths]
+    name = files[0].stem if files else "run"
+    return _load([(_read_yaml(file), str(file)) for file in files], overrides, name)
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -69,9 +70,7 @@ def _read_yaml(path: Path) -> DictConfig:
         line = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}: not valid YAML{line}: {reason}.") from None
     if not isinstance(loaded, DictConfig):
-        raise UserError(
-            f"{path}: a config file holds `key: value` lines, this one holds a list or text."
-        )
+        raise UserError(f"{path}: a config file holds `key: value` lines, this one holds a list or text.")
     return loaded
 
 
@@ -86,9 +85,7 @@ def _read_override(argument: str) -> DictConfig:
         raise UserError(f"argument '{argument}': the value can't be read: {reason}.") from None
 
 
-def _merge(
-    config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]
-) -> DictConfig:
+def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]) -> DictConfig:
     """`config` with `update` on top; each key of `update` is first held against the dataclasses."""
     values = OmegaConf.to_container(update, resolve=False)
     assert isinstance(values, dict)
@@ -98,14 +95,12 @@ def _merge(
     try:
         return OmegaConf.merge(config, update)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
+        key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: {f'{key}: ' if key else ''}{reason}.") from None
 
 
-def _leaves(
-    values: dict[Any, Any], schema: type, prefix: str, where: str
-) -> Iterator[tuple[str, Any, Any]]:
+def _leaves(values: dict[Any, Any], schema: type, prefix: str, where: str) -> Iterator[tuple[str, Any, Any]]:
     """(full key, value, type hint) of each value that is no section; unknown keys raise UserError."""
     hints = get_type_hints(schema)
     for name, value in values.items():
@@ -115,15 +110,13 @@ def _leaves(
             near = nearest(key, known) or nearest(str(name), all_keys())
             raise UserError(f"{where}: there is no key '{key}'{near}.")
         hint = hints[name]
-        if not is_dataclass(hint):
+        if not isinstance(hint, type) or not is_dataclass(hint):
             yield key, value, hint
         elif isinstance(value, dict):
             yield from _leaves(value, hint, f"{key}.", where)
         else:
             inner = ", ".join(f"{key}.{item.name}" for item in fields(hint))
-            raise UserError(
-                f"{where}: '{key}' is a section, so it can't be {value!r}; its keys are {inner}."
-            )
+            raise UserError(f"{where}: '{key}' is a section, so it can't be {value!r}; its keys are {inner}.")
 
 
 NAMES = {
@@ -139,7 +132,7 @@ NAMES = {
 def _check_type(value: Any, hint: Any, key: str, where: str) -> None:
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: its value is checked once it is resolved
-    options = get_args(hint) if get_origin(hint) is Union else (hint,)
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     plain = tuple(get_origin(item) or item for item in options)
     if value is None and type(None) in plain:
         return
@@ -153,7 +146,7 @@ def _check_type(value: Any, hint: Any, key: str, where: str) -> None:
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if kind is Any or value is None and kind is Any:
+    if kind is Any or (value is None and kind is Any):
         return True
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -228,9 +221,7 @@ def _check_values(config: Config, origin: dict[str, str]) -> None:
             "and 'train.epochs' are both set; give one of them, and null for the other",
         )
     if len(config.data.mean) != len(config.data.std):
-        refuse(
-            "data.std", "and 'data.mean' must have the same number of values, one for each channel"
-        )
+        refuse("data.std", "and 'data.mean' must have the same number of values, one for each channel")
     if any(not value > 0 for value in config.data.std):
         refuse("data.std", "must hold positive numbers")
     name = config.run.name
@@ -245,6 +236,4 @@ def _check_values(config: Config, origin: dict[str, str]) -> None:
             refuse(key, "counts in steps or epochs: time differs from run to run")
     best = config.checkpoint.best
     if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
-        refuse(
-            "checkpoint.best", f"is written as 'max eval/accuracy' or 'min eval/loss', not {best!r}"
-        )
+        refuse("checkpoint.best", f"is written as 'max eval/accuracy' or 'min eval/loss', not {best!r}")

@@ -20,9 +20,7 @@ def import_object(name: str, key: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{key}: there is no module '{error.name}', asked for as '{name}'."
-        ) from None
+        raise UserError(f"{key}: there is no module '{error.name}', asked for as '{name}'.") from None
     try:
         return getattr(module, attribute)
     except AttributeError:
@@ -30,9 +28,7 @@ def import_object(name: str, key: str) -> Any:
         raise UserError(f"{key}: module '{module_name}' has no '{attribute}'{near}.") from None
 
 
-def construct(
-    function: Callable[..., Any], args: Mapping[str, Any], key: str, **offered: Any
-) -> Any:
+def construct(function: Callable[..., Any], args: Mapping[str, Any], key: str, **offered: Any) -> Any:
     """`function(**args)`, with those of `offered` that its signature knows and `args` doesn't set.
 
     Raises UserError, naming `key`, for arguments that it doesn't take, lacks, or refuses.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 
 def option(default: Any, doc: str, choices: Sequence[str] = ()) -> Any:
@@ -33,23 +33,20 @@ class DataConfig:
 
     name: str = option(
         "fashion_mnist",
-        "fashion_mnist, image_folder, csv, arrays, a class of torchvision.datasets, or `package.module:object`.",
+        "fashion_mnist, image_folder, csv, arrays, a class of torchvision.datasets, or "
+        "`package.module:object`.",
     )
-    root: Optional[str] = option(None, "Folder of the data set.")
-    args: dict[str, Any] = option(
-        {}, "Further arguments of the source; checked against its signature."
-    )
-    train_transform: Optional[list[Any]] = option(
+    root: str | None = option(None, "Folder of the data set.")
+    args: dict[str, Any] = option({}, "Further arguments of the source; checked against its signature.")
+    train_transform: list[Any] | None = option(
         None,
         "Transforms of a training image, random ones among them: names of torchvision.transforms.v2, "
         "`Name: {argument: value}`, or `package.module:object`. null: the same as eval_transform.",
     )
     eval_transform: list[Any] = option([], "Transforms of an image in evaluation and prediction.")
-    mean: list[float] = option(
-        [], "Mean of each channel (of values from 0 to 1), subtracted; empty: none."
-    )
+    mean: list[float] = option([], "Mean of each channel (of values from 0 to 1), subtracted; empty: none.")
     std: list[float] = option([], "Standard deviation of each channel, divided by; empty: none.")
-    target_transform: Optional[str] = option(
+    target_transform: str | None = option(
         None, "What is done to each label: `one_hot`, or `package.module:object`."
     )
     eval_fraction: float = option(
@@ -57,14 +54,12 @@ class DataConfig:
     )
     shuffle: bool = option(True, "A new order in each epoch; false: always the order of the files.")
     drop_last: bool = option(False, "Leave out the last, short global batch of each epoch.")
-    workers: Optional[int] = option(
+    workers: int | None = option(
         None,
         "Loader processes per rank; null: none for data in memory, else this rank's share of the CPUs.",
     )
     prefetch: int = option(4, "Micro-batches that each worker prepares in advance.")
-    pin_memory: Optional[bool] = option(
-        None, "Page-locked batches; null: where the device is a GPU."
-    )
+    pin_memory: bool | None = option(None, "Page-locked batches; null: where the device is a GPU.")
 
 
 @dataclass
@@ -75,9 +70,7 @@ class ModelConfig:
         "mlp",
         "mlp, cnn, a classifier of torchvision.models, timm/NAME, or `package.module:object`.",
     )
-    args: dict[str, Any] = option(
-        {}, "Further arguments of the model; checked against its signature."
-    )
+    args: dict[str, Any] = option({}, "Further arguments of the model; checked against its signature.")
 
 
 @dataclass
@@ -94,9 +87,7 @@ class OptimConfig:
 
     name: str = option("SGD", "A class of torch.optim, or `package.module:object`.")
     lr: float = option(1e-3, "Peak learning rate.")
-    args: dict[str, Any] = option(
-        {}, "Further arguments, such as momentum or weight_decay; checked."
-    )
+    args: dict[str, Any] = option({}, "Further arguments, such as momentum or weight_decay; checked.")
 
 
 @dataclass
@@ -108,9 +99,7 @@ class ScheduleConfig:
         "Shape of the learning rate after the warm-up.",
         ("constant", "linear", "cosine", "one_cycle", "step"),
     )
-    warmup: Union[int, str] = option(
-        0, "Linear warm-up before it: `500` (optimizer steps) or `2 epochs`."
-    )
+    warmup: int | str = option(0, "Linear warm-up before it: `500` (optimizer steps) or `2 epochs`.")
     args: dict[str, Any] = option(
         {}, "Arguments of the schedule, such as final (share of the peak); checked."
     )
@@ -121,8 +110,8 @@ class TrainConfig:
     """How long and in which batches."""
 
     batch_size: int = option(64, "Global batch: samples per optimizer step over all ranks.")
-    epochs: Optional[int] = option(None, "Length in epochs; give this or train.steps.")
-    steps: Optional[int] = option(None, "Length in optimizer steps; give this or train.epochs.")
+    epochs: int | None = option(None, "Length in epochs; give this or train.steps.")
+    steps: int | None = option(None, "Length in optimizer steps; give this or train.epochs.")
     accumulate: int = option(1, "Micro-batches per optimizer step on each rank.")
     clip_norm: float = option(0.0, "Largest norm of the gradient; 0: no clipping.")
     ema: float = option(0.0, "Decay of the moving average of weights used in evaluation; 0: none.")
@@ -132,17 +121,15 @@ class TrainConfig:
 class EvalConfig:
     """When and in which batches the eval set is measured."""
 
-    every: Union[int, str] = option(
-        "1 epoch", "`500` (steps), `2 epochs` or `never`; always at the end."
-    )
-    batch_size: Optional[int] = option(None, "Samples per rank and batch; null: 4 micro-batches.")
+    every: int | str = option("1 epoch", "`500` (steps), `2 epochs` or `never`; always at the end.")
+    batch_size: int | None = option(None, "Samples per rank and batch; null: 4 micro-batches.")
 
 
 @dataclass
 class CheckpointConfig:
     """When the state is saved, and what is kept."""
 
-    every: Union[int, str] = option(
+    every: int | str = option(
         "1 epoch",
         "`500` (steps), `2 epochs`, `10 minutes`, several of them with commas, or `never`.",
     )
@@ -170,11 +157,11 @@ class WandbConfig:
         ("auto", "online", "offline", "disabled"),
     )
     project: str = option("dist_train", "Project.")
-    entity: Optional[str] = option(None, "Team or user.")
-    group: Optional[str] = option(None, "Group of runs.")
-    name: Optional[str] = option(None, "Name shown; null: run.name.")
+    entity: str | None = option(None, "Team or user.")
+    group: str | None = option(None, "Group of runs.")
+    name: str | None = option(None, "Name shown; null: run.name.")
     tags: list[str] = option([], "Tags.")
-    notes: Optional[str] = option(None, "Notes.")
+    notes: str | None = option(None, "Notes.")
 
 
 @dataclass
@@ -192,7 +179,7 @@ class Config:
     compile: bool = option(False, "Compile the model by torch.compile.")
     channels_last: bool = option(False, "Keep images and convolutions in NHWC order.")
     deterministic: bool = option(False, "Use deterministic kernels only; the CPU's are so anyway.")
-    threads: Optional[int] = option(
+    threads: int | None = option(
         None, "CPU threads per rank; null: the allowed CPUs, shared by the local ranks."
     )
     timeout_seconds: int = option(600, "How long a rank waits for the others before it gives up.")
@@ -232,6 +219,7 @@ def all_keys() -> list[str]:
 
 
 def each_field(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """(full key, field, value) of every key, sections within sections."""
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):
@@ -266,9 +254,7 @@ class Every:
             if part.strip() in ("never", "0"):
                 continue
             if not match or match[2] not in units or not (match[1] or match[2]):
-                raise ValueError(
-                    f"is written as 500, '2 epochs', '10 minutes' or never, not {text!r}"
-                )
+                raise ValueError(f"is written as 500, '2 epochs', '10 minutes' or never, not {text!r}")
             unit, count = units[match[2]], int(match[1] or 1)
             found["seconds" if unit in scale else unit] = count * scale.get(unit, 1)
         return cls(**found)
@@ -294,9 +280,7 @@ def reference() -> str:
     ]
     sections: list[tuple[str, Any]] = [("", Config())]
     sections += [
-        (f.name, getattr(Config(), f.name))
-        for f in fields(Config)
-        if is_dataclass(getattr(Config(), f.name))
+        (f.name, getattr(Config(), f.name)) for f in fields(Config) if is_dataclass(getattr(Config(), f.name))
     ]
     for name, section in sections:
         lines += [

@@ -48,7 +48,6 @@ def fashion_mnist(root: str | None = None, train: bool = True, download: bool = 
     return sample
 
 
-
 def _fashion_files(folder: Path, part: str) -> InMemory:
     arrays = []
     for name, magic in ((f"{part}-images-idx3-ubyte", 2051), (f"{part}-labels-idx1-ubyte", 2049)):

@@ -33,7 +33,11 @@ class ImageFiles(Dataset):
     """Image files with a label each, decoded when they are read."""
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[Any], classes: Sequence[str], channels: int = 3
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[Any],
+        classes: Sequence[str],
+        channels: int = 3,
     ) -> None:
         # One array of bytes for all paths: a list of millions of objects would be copied into
         # each worker as soon as reference counts are touched.
@@ -62,5 +66,3 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason}).") from None
-
-

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
         )
 
 
-class Samples(Dataset[Batch]):
+class Samples(Dataset[Any]):
     """`source` with its transforms; `__getitems__` takes a `Part` and returns a `Batch`."""
 
     def __init__(
@@ -103,7 +103,7 @@ def make_loader(
     return DataLoader(
         samples,
         batch_sampler=sampler,  # type: ignore[arg-type]  # yields a Part where torch expects a list
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # `__getitems__` returns whole batches
         num_workers=workers,
         pin_memory=pin and torch.cuda.is_available(),
         prefetch_factor=options.prefetch if workers else None,
@@ -112,7 +112,7 @@ def make_loader(
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

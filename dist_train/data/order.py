@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dist_train.runtime import key
+from dist_train.keys import key
 
 
 class Part(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv as csv_module
 import inspect
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,12 @@ def arrays(
     return InMemory(tensor, target if target.is_floating_point() else target.long(), classes or [])
 
 
-SOURCES = {"fashion_mnist": fashion_mnist, "image_folder": image_folder, "csv": csv, "arrays": arrays}
+SOURCES: dict[str, Callable[..., Any]] = {
+    "fashion_mnist": fashion_mnist,
+    "image_folder": image_folder,
+    "csv": csv,
+    "arrays": arrays,
+}
 
 
 def open_source(name: str, root: str | None, train: bool, args: dict[str, Any]) -> Any:
@@ -249,5 +255,3 @@ def _numpy(file: Path, where: str) -> Any:
     except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: {file} is no NumPy file without objects ({reason}).") from None
-
-

@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, import_object, nearest
-from dist_train.runtime import key
+from dist_train.keys import key
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
@@ -60,11 +60,10 @@ class ImageTransform:
         if not tensor.is_floating_point():
             tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
         tensor = tensor.as_subclass(torch.Tensor)
-        if self.mean is not None:
+        if self.mean is not None and self.std is not None:
             if len(self.mean) not in (1, tensor.shape[-3]):
                 raise UserError(
-                    f"data.mean has {len(self.mean)} values, but the images have"
-                    f" {tensor.shape[-3]} channels."
+                    f"data.mean has {len(self.mean)} values, but the images have {tensor.shape[-3]} channels."
                 )
             tensor = (tensor - self.mean) / self.std
         return tensor

@@ -49,4 +49,4 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
 def _unscale(image: torch.Tensor) -> torch.Tensor:
     """Each image's own values from 0 to 1, so that a normalized one can be seen."""
     low, high = image.min(), image.max()
-    return image if 0 <= low and high <= 1 else (image - low) / (high - low).clamp(min=1e-8)
+    return image if low >= 0 and high <= 1 else (image - low) / (high - low).clamp(min=1e-8)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,24 +10,11 @@ from typing import Any
 
 import torch
 
+from tests.conftest import environment, free_port
+
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 SMALL = ["wandb.mode=disabled", "device=cpu", "data.workers=0"]
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """The environment of a rank: one thread, no variables of a launcher around the tests."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("SLURM_")}
-    path = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
 
 
 def start(command: list[str], processes: int, cwd: Path) -> list[subprocess.Popen[str]]:
@@ -76,9 +61,7 @@ def status(cwd: Path, name: str = "run") -> dict[str, Any]:
 
 def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether model, moving average and optimizer of two checkpoints are equal to the last bit."""
-    return all(
-        equal(one[part], other[part]) for part in ("model", "average", "optimizer", "metrics")
-    )
+    return all(equal(one[part], other[part]) for part in ("model", "average", "optimizer", "metrics"))
 
 
 def equal(one: Any, other: Any) -> bool:

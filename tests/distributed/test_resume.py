@@ -16,7 +16,8 @@ from tests.distributed.ranks import last, same_bits, start, status, train, train
 
 # A shuffled epoch has 94 steps, the last one short; checkpoints, rows and evaluations lie across each other.
 COMMON = [
-    "data.name=fashion_mnist", "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 28, padding: 2}}]",
+    "data.name=fashion_mnist",
+    "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 28, padding: 2}}]",
     "train.batch_size=64", "train.accumulate=2", "train.ema=0.9", "train.clip_norm=1.0", "train.steps=140",
     "data.workers=2", "log.every=9", "eval.every=50", "checkpoint.every=13", "optim.args.momentum=0.9",
     "optim.lr=0.05", "schedule.name=cosine", "schedule.warmup=10", "data.args.download=false",
@@ -56,9 +57,7 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(
     assert _history(tmp_path / "runs" / "undisturbed") == _history(tmp_path / "runs" / "killed")
 
 
-def test_an_interrupted_run_saves_on_all_ranks_at_one_step_and_goes_on(
-    tmp_path: Path, sample: str
-) -> None:
+def test_an_interrupted_run_saves_on_all_ranks_at_one_step_and_goes_on(tmp_path: Path, sample: str) -> None:
     arguments = [*COMMON, *MODELS["mlp with dropout"], sample, "checkpoint.every=never"]
     train(tmp_path, *arguments, "run.name=undisturbed", processes=2)
     ranks = start(train_command(*arguments, "run.name=stopped"), 2, tmp_path)

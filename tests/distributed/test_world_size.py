@@ -52,12 +52,7 @@ def _run(folder: Path, processes: int, *arguments: str) -> list[list[float]]:
     accumulate = 2 if "train.accumulate=2" in arguments else 1
     steps = len(per_rank[0]) // accumulate
     return [
-        sorted(
-            x
-            for rank in per_rank
-            for part in rank[k * accumulate : (k + 1) * accumulate]
-            for x in part
-        )
+        sorted(x for rank in per_rank for part in rank[k * accumulate : (k + 1) * accumulate] for x in part)
         for k in range(steps)
     ]
 
@@ -119,10 +114,7 @@ def test_evaluation_counts_each_sample_once_on_one_two_and_three_processes(
         )  # fmt: skip
         metrics = last(tmp_path, f"w{processes}")["metrics"]
         # A count: what is left of a whole number of right answers is rounding.
-        assert (
-            abs(metrics["eval/accuracy"] * samples - round(metrics["eval/accuracy"] * samples))
-            < 1e-9
-        )
+        assert abs(metrics["eval/accuracy"] * samples - round(metrics["eval/accuracy"] * samples)) < 1e-9
         results.append(metrics)
     for metrics in results[1:]:
         assert metrics["eval/accuracy"] == results[0]["eval/accuracy"]

@@ -1,0 +1,90 @@
+"""What launchers tell a process: SLURM's rank variables, and what Accelerate was asked for.
+
+torchrun's variables (RANK, WORLD_SIZE, ...) are torch's own and need no translation.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import pairwise
+from pathlib import Path
+
+from dist_train.keys import key
+
+
+def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """torch's rank variables for a process that `srun` started; empty for any other process."""
+    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+        return {}
+    nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
+    per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
+    # Job, step and attempt choose the port (below the ephemeral ones): two jobs on a node don't
+    # meet, and a requeued job doesn't meet what is left of its last attempt.
+    attempt = int(env.get("SLURM_RESTART_COUNT", "0"))
+    chosen = key(int(env["SLURM_JOB_ID"]), "port", int(env["SLURM_STEP_ID"]), attempt)
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks_on_node(per_node, int(env["SLURM_NODEID"]))),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + chosen % 15000),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[003-005,9],x` -> `gpu003`."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return nodelist.split(",")[0]
+    inside, _, tail = rest.partition("]")
+    return head + inside.replace("-", ",").split(",")[0] + tail.split(",")[0]
+
+
+def tasks_on_node(per_node: str, node: int) -> int:
+    """The number of tasks on a node, from SLURM's `2(x3),1`."""
+    counts: list[int] = []
+    for item in per_node.split(","):
+        count, _, times = item.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[node]
+
+
+def asked_of_accelerate() -> int | None:
+    """The number of processes that `accelerate launch` was asked for, if it started this one alone.
+
+    Accelerate gives a single child an address to meet the others at, but not their number: that is read
+    from the launcher's command line, found among our ancestors, with Accelerate's own parser.
+    """
+    env = os.environ
+    if "WORLD_SIZE" in env or not {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= env.keys():
+        return None
+    import psutil
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        for process in psutil.Process().parents():
+            words = process.cmdline()
+            arguments = _after_launch(words)
+            if arguments is None:
+                continue
+            args = launch_command_parser().parse_args(arguments)
+            file = os.path.join(process.cwd(), args.config_file or default_config_file)
+            if args.num_processes is None and os.path.isfile(file):
+                return int(load_config_from_file(file).num_processes)
+            return args.num_processes
+    except (psutil.Error, OSError, ValueError, SystemExit):
+        pass  # a foreign or vanished ancestor: nothing can be known
+    return None
+
+
+def _after_launch(words: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a command line; None if it is another program's."""
+    names = ["", *(Path(word).name.removesuffix(".py") for word in words)]
+    for position, (before, name) in enumerate(pairwise(names), 1):
+        if name in ("accelerate-launch", "accelerate.commands.launch") or (
+            name == "launch" and before in ("accelerate", "accelerate.commands.accelerate_cli")
+        ):
+            return words[position:]
+    return None

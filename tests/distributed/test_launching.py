@@ -1,0 +1,102 @@
+"""Every way to start the same job gives the same weights; and none starts fewer processes in silence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPO, Finished, environment
+from tests.distributed.ranks import equal, last, train
+
+TRAIN = [
+    "train", REPO / "configs/quickstart.yaml", "device=cpu", "wandb.mode=disabled", "train.epochs=null",
+    "train.steps=20", "train.batch_size=16", "model.args.hidden=[16]",
+    f"data.root={REPO / 'dist_train/assets'}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """The weights of one and of two processes that were started by hand."""
+    folder = tmp_path_factory.mktemp("expected")
+    for processes in (1, 2):
+        train(folder, *map(str, TRAIN[1:]), f"run.name=by-hand-{processes}", processes=processes)
+    return {processes: last(folder, f"by-hand-{processes}")["model"] for processes in (1, 2)}
+
+
+def _tool(name: str) -> str:
+    """A program of the environment that runs the tests."""
+    return str(Path(sys.executable).parent / name)
+
+
+def _launchers() -> dict[str, tuple[int, list[Any]]]:
+    module = ["-m", "dist_train"]
+    launch = [_tool("accelerate"), "launch", "--config_file"]
+    return {
+        "python -m dist_train": (1, [*module]),
+        "accelerate cpu.yaml": (1, [*launch, REPO / "launch/cpu.yaml", *module]),
+        "accelerate cpu_2.yaml": (2, [*launch, REPO / "launch/cpu_2.yaml", *module]),
+        "torchrun": (
+            2,
+            [_tool("torchrun"), "--standalone", "--nproc_per_node", "2", *module],
+        ),
+    }
+
+
+@pytest.mark.parametrize("launcher", _launchers())
+def test_each_launcher_runs_the_same_job(
+    launcher: str, tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
+) -> None:
+    processes, command = _launchers()[launcher]
+    finished = run(*command, *TRAIN, cwd=tmp_path)
+    assert finished.rc == 0, finished
+    assert finished.out.count("completed at step 20") == 1, finished
+    assert f"{processes} process" in finished.err, finished
+    assert equal(expected[processes], last(tmp_path, "quickstart")["model"])
+
+
+def test_two_nodes_of_accelerate_make_one_run(
+    tmp_path: Path, start: Callable[..., Any], expected: dict[int, Any]
+) -> None:
+    """Two launchers on this machine, as on two machines that share the run's folder."""
+    from tests.conftest import free_port
+
+    port = free_port()
+    nodes = [
+        start(
+            _tool("accelerate"), "launch", "--config_file", REPO / "launch/nodes.yaml",
+            "--num_machines", 2, "--num_processes", 2, "--machine_rank", rank,
+            "--main_process_ip", "127.0.0.1",
+            "--main_process_port", port, "-m", "dist_train", *TRAIN, cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert equal(expected[2], last(tmp_path, "quickstart")["model"])
+
+
+def test_srun_starts_ranks_without_any_launcher(tmp_path: Path, expected: dict[int, Any], slurm: Any) -> None:
+    command = ["srun", "--overlap", "-n2", sys.executable, "-m", "dist_train", *map(str, TRAIN)]
+    finished = slurm.run(command, cwd=tmp_path, env=environment())
+    assert finished.returncode == 0, finished
+    assert equal(expected[2], last(tmp_path, "quickstart")["model"])
+
+
+@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--config_file", "multi_cpu.yaml"]])
+def test_fewer_processes_than_asked_for_is_an_error(
+    flags: list[str], tmp_path: Path, run: Callable[..., Finished]
+) -> None:
+    """Accelerate starts one process for these, and says nothing."""
+    (tmp_path / "multi_cpu.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
+        "num_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"
+    )
+    finished = run(_tool("accelerate"), "launch", *flags, "-m", "dist_train", *TRAIN, cwd=tmp_path)
+    assert finished.rc != 0
+    assert finished.err.count("accelerate was asked for 2 processes but started 1") == 1, finished
+    assert not (tmp_path / "runs").exists()
