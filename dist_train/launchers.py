@@ -5,10 +5,15 @@ torchrun's variables (RANK, WORLD_SIZE, ...) are torch's own and need no transla
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import socket
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 
+from dist_train.config import UserError
 from dist_train.keys import key
 
 
@@ -17,6 +22,7 @@ def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
         return {}
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
+    one_node = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1"
     per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1"))
     # Job, step and attempt choose the port (below the ephemeral ones): two jobs on a node don't
     # meet, and a requeued job doesn't meet what is left of its last attempt.
@@ -27,7 +33,7 @@ def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
         "WORLD_SIZE": env["SLURM_NTASKS"],
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks_on_node(per_node, int(env["SLURM_NODEID"]))),
-        "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_ADDR": env.get("MASTER_ADDR") or ("127.0.0.1" if one_node else address(first_host(nodes))),
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + chosen % 15000),
     }
 
@@ -39,6 +45,25 @@ def first_host(nodelist: str) -> str:
         return nodelist.split(",")[0]
     inside, _, tail = rest.partition("]")
     return head + inside.replace("-", ",").split(",")[0] + tail.split(",")[0]
+
+
+def address(host: str) -> str:
+    """The host's name where it can be resolved, else the address that SLURM knows it by.
+
+    Raises UserError if there is neither: with a fallback to localhost each node would train alone.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except OSError:
+        pass
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["scontrol", "show", "node", host]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        if match := re.search(r"NodeAddr=(\S+)", shown):
+            socket.getaddrinfo(match[1], None)
+            return match[1]
+    raise UserError(f"the address of the first node, {host}, can't be found; set MASTER_ADDR to it.")
 
 
 def tasks_on_node(per_node: str, node: int) -> int:

@@ -286,3 +286,20 @@ def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
         }
 
     return listing
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A throwaway real Slurm of two nodes on this machine, for the whole session."""
+    from tests.slurm.cluster import Cluster
+    from tests.slurm.cluster import missing as missing_programs
+
+    lacking = missing_programs() or ([] if os.geteuid() == 0 else ["the rights of root"])
+    if lacking:
+        what = f"a throwaway Slurm needs {', '.join(lacking)} (Debian: slurm-wlm, munge)"
+        pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPO, Finished, environment
+from tests.conftest import REPO, Finished, free_port
 from tests.distributed.ranks import equal, last, train
 
 TRAIN = [
@@ -63,8 +63,6 @@ def test_two_nodes_of_accelerate_make_one_run(
     tmp_path: Path, start: Callable[..., Any], expected: dict[int, Any]
 ) -> None:
     """Two launchers on this machine, as on two machines that share the run's folder."""
-    from tests.conftest import free_port
-
     port = free_port()
     nodes = [
         start(
@@ -80,10 +78,14 @@ def test_two_nodes_of_accelerate_make_one_run(
     assert equal(expected[2], last(tmp_path, "quickstart")["model"])
 
 
-def test_srun_starts_ranks_without_any_launcher(tmp_path: Path, expected: dict[int, Any], slurm: Any) -> None:
-    command = ["srun", "--overlap", "-n2", sys.executable, "-m", "dist_train", *map(str, TRAIN)]
-    finished = slurm.run(command, cwd=tmp_path, env=environment())
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_srun_starts_ranks_without_any_launcher(
+    nodes: int, tmp_path: Path, expected: dict[int, Any], slurm: Any
+) -> None:
+    command = ["srun", f"-N{nodes}", "-n2", sys.executable, "-m", "dist_train", *TRAIN]
+    finished = slurm.run(command, cwd=tmp_path)
     assert finished.returncode == 0, finished
+    assert "2 processes" in finished.stderr
     assert equal(expected[2], last(tmp_path, "quickstart")["model"])
 
 
