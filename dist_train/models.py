@@ -20,7 +20,7 @@ def mlp(
     hidden: Sequence[int] = (512, 512),
     dropout: float = 0.0,
 ) -> nn.Module:
-    """The network of PyTorch's quickstart tutorial: flat pixels, hidden layers with ReLU, an output per class.
+    """The network of PyTorch's quickstart tutorial: flat pixels, hidden layers, ReLU, an output per class.
 
     `[B, C, H, W]` -> `[B, K]`.
     """

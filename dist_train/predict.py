@@ -61,7 +61,7 @@ def predict(
     """
     model, saved = load_model(place)
     config, shape = from_mapping(saved["config"]), saved["sample_shape"]
-    if config.task.name != "classification":
+    if config.task.name != "classification" and not saved["classes"]:
         raise UserError(f"{place}: predicts no classes: its task is '{config.task.name}'.")
     transform = data.eval_transform(config)
     rows: list[dict[str, Any]] = []

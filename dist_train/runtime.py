@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 
 from dist_train.config import Config, UserError
 from dist_train.launchers import asked_of_accelerate, slurm_ranks
@@ -119,6 +120,8 @@ def start(config: Config) -> Runtime:
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
+        # The loop accumulates by itself; a number in Accelerate's own config must not divide the loss.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
             # Gradients are views of DDP's buckets: one copy less per step.

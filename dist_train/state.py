@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint, models, optim
-from dist_train.config import Config, UserError, to_mapping
+from dist_train.config import Config, UserError, from_mapping, to_mapping
 from dist_train.data import Data
 from dist_train.keys import key
 from dist_train.runtime import Runtime
@@ -47,6 +47,7 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
+    given = model is not None
     if model is None:
         if not data.classes and config.task.name == "classification":
             raise UserError("data: the data set has no `classes`, so the model's outputs can't be counted.")
@@ -55,6 +56,9 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
         )
     models.probe(model, data.sample_shape, config.model.name)
     model.to(runtime.device)
+    if given and runtime.world_size > 1:  # made by the user's program, on each rank perhaps another
+        for value in model.state_dict().values():
+            torch.distributed.broadcast(value, 0)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
@@ -105,7 +109,8 @@ def restore(config: Config, path: Path, state: State, scaler: Any) -> list[str]:
     """
     saved = checkpoint.load(path, verified=True)
     own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
-    differences = list(changes(saved["config"], to_mapping(config)))
+    before = to_mapping(from_mapping(saved["config"]))  # with the keys that are new since then
+    differences = list(changes(before, to_mapping(config)))
     harmful = [change for change in differences if not is_harmless(change)]
     if harmful and own:
         raise UserError(

@@ -7,6 +7,7 @@ through a queue, from a thread, and a server that can't be reached costs one war
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -190,7 +191,10 @@ def _has_key(wandb: Any) -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return bool(wandb.api.api_key)
+        if "prompt" not in inspect.signature(wandb.login).parameters:
+            return bool(wandb.api.api_key)
+        wandb.setup(wandb.Settings(silent=True))
+        return bool(wandb.login(prompt=False, verify=False))  # looks, asks nobody
     except Exception:  # no home folder, an unreadable netrc: as good as no key
         return False
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,22 @@ def fit(
         config = from_mapping(config)
     elif not isinstance(config, Config):
         config = load([config])
+    config = _with_names(config, model=model, data=train_data, task=task)
     with Interrupt() as interrupt:
         ranks = runtime.start(config)
         try:
             return _fit(config, ranks, interrupt, model, train_data, eval_data, task)
         finally:
             runtime.stop()
+
+
+def _with_names(config: Config, **given: Any) -> Config:
+    """`config` that names the classes of what `fit` was given, instead of what is then not used."""
+    for section, item in given.items():
+        if item is not None:
+            name = f"{type(item).__module__}:{type(item).__qualname__}"
+            config = replace(config, **{section: replace(getattr(config, section), name=name)})
+    return config
 
 
 def _fit(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -269,47 +268,3 @@ class Every:
     def in_steps(self, steps_per_epoch: int) -> int:
         """The interval as a length in steps."""
         return self.steps + self.epochs * steps_per_epoch
-
-
-def reference() -> str:
-    """The configuration reference in Markdown, written from the dataclasses."""
-    lines = [
-        "# Configuration reference",
-        "",
-        "Written by `python -m dist_train.config` from `dist_train/config.py`.",
-    ]
-    sections: list[tuple[str, Any]] = [("", Config())]
-    sections += [
-        (f.name, getattr(Config(), f.name)) for f in fields(Config) if is_dataclass(getattr(Config(), f.name))
-    ]
-    for name, section in sections:
-        lines += [
-            "",
-            f"## {name or 'Top level'}",
-            "",
-            inspect.getdoc(section) or "",
-            "",
-            "| key | default | meaning |",
-            "| --- | --- | --- |",
-        ]
-        for item in fields(section):
-            value = getattr(section, item.name)
-            if not is_dataclass(value):
-                shown = (
-                    "null"
-                    if value is None
-                    else '""'
-                    if value == ""
-                    else str(value).lower()
-                    if isinstance(value, bool)
-                    else value
-                )
-                choices = (
-                    " One of " + ", ".join(f"`{c}`" for c in item.metadata["choices"]) + "."
-                    if item.metadata["choices"]
-                    else ""
-                )
-                lines.append(
-                    f"| `{name + '.' if name else ''}{item.name}` | `{shown}` | {item.metadata['doc']}{choices} |"
-                )
-    return "\n".join(lines) + "\n"

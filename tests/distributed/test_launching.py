@@ -102,3 +102,12 @@ def test_fewer_processes_than_asked_for_is_an_error(
     assert finished.rc != 0
     assert finished.err.count("accelerate was asked for 2 processes but started 1") == 1, finished
     assert not (tmp_path / "runs").exists()
+
+
+def test_accelerates_own_settings_do_not_change_the_training(
+    tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
+) -> None:
+    settings = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": 4, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    finished = run("-m", "dist_train", *TRAIN, cwd=tmp_path, env=settings)
+    assert finished.rc == 0, finished
+    assert equal(expected[1], last(tmp_path, "quickstart")["model"])
