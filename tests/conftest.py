@@ -236,7 +236,6 @@ def small(npz: Path) -> list[str]:
         "data.name=arrays",
         f"data.root={npz}",
         "data.workers=0",
-        "model.args.hidden=[16]",
         "optim.lr=0.1",
         "train.batch_size=16",
         "train.steps=12",
