@@ -33,7 +33,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if _is_main():
+        if _is_main() or not error.everywhere:
             print(f"dist-train: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -59,6 +59,9 @@ def cnn(
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
 
+# What wrong arguments make a model raise: sizes below zero, unknown weights, weights out of reach.
+REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError)
+
 
 def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int) -> nn.Module:
     """The model `name` for images `[C, H, W]` and a number of classes.
@@ -71,6 +74,7 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
             MODELS[name] if name in MODELS else import_object(name, "model.name"),
             args,
             "model.args",
+            REFUSALS if name in MODELS else (TypeError, ValueError),
             input_shape=tuple(sample_shape),
             in_channels=channels,
             num_classes=num_classes,
@@ -112,7 +116,7 @@ def _torchvision(name: str, args: dict[str, Any], sample_shape: Sequence[int], n
         args.setdefault("image_size", sample_shape[1])
     if not args.get("weights"):
         args["num_classes"] = num_classes
-    model = construct(torchvision.models.get_model_builder(name), args, "model.args")
+    model = construct(torchvision.models.get_model_builder(name), args, "model.args", REFUSALS)
     if args.get("weights"):
         replace_last(model, num_classes)
     replace_first(model, sample_shape[0])

@@ -20,7 +20,7 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, Every, from_mapping, load, to_yaml
+from dist_train.config import Config, Every, UserError, from_mapping, load, to_yaml
 from dist_train.evaluate import evaluate
 from dist_train.interrupt import Interrupt
 from dist_train.keys import key
@@ -112,7 +112,8 @@ def _fit(
         if ranks.is_main:
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics)
-    tracker = _open_record(config, total, state.step) if ranks.is_main else None
+    with ranks.together():
+        tracker = _open_record(config, total, state.step) if ranks.is_main else None
     if tracker:
         for note in [*sets.notes, *notes, _describe(config, ranks, sets, total)]:
             tracker.say(note)
@@ -239,10 +240,14 @@ def _loop(
 
 
 def _open_record(config: Config, total: int, step: int) -> Tracker:
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    """Raises UserError if the run's folder can't be written."""
     text = to_yaml(config).encode()
-    checkpoint.write_atomically(config.run_dir / "config.yaml", lambda file: file.write(text))
-    return Tracker(config, Progress(total, step), total)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(config.run_dir / "config.yaml", lambda file: file.write(text))
+        return Tracker(config, Progress(total, step), total)
+    except OSError as error:
+        raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
 
 
 def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> str:

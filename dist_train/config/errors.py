@@ -9,6 +9,8 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake that the user can mend: one sentence; the command line prints it and exits with 2."""
 
+    everywhere = True  # whether all ranks meet it, so that rank 0 can tell it for all
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, the known word nearest to `word`, or an empty text."""

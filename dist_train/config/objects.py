@@ -28,10 +28,17 @@ def import_object(name: str, key: str) -> Any:
         raise UserError(f"{key}: module '{module_name}' has no '{attribute}'{near}.") from None
 
 
-def construct(function: Callable[..., Any], args: Mapping[str, Any], key: str, **offered: Any) -> Any:
+def construct(
+    function: Callable[..., Any],
+    args: Mapping[str, Any],
+    key: str,
+    refusals: tuple[type[Exception], ...] = (TypeError, ValueError),
+    **offered: Any,
+) -> Any:
     """`function(**args)`, with those of `offered` that its signature knows and `args` doesn't set.
 
-    Raises UserError, naming `key`, for arguments that it doesn't take, lacks, or refuses.
+    Raises UserError, naming `key`, for arguments that it doesn't take, lacks, or refuses (by an error
+    of the classes `refusals`).
     """
     name = getattr(function, "__name__", repr(function))
     parameters = inspect.signature(function).parameters
@@ -50,6 +57,6 @@ def construct(function: Callable[..., Any], args: Mapping[str, Any], key: str, *
             raise UserError(f"{key}.{parameter.name}: {name} needs this argument.")
     try:
         return function(**given)
-    except (TypeError, ValueError) as error:
+    except refusals as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"{key}: {name} refused {dict(args)}: {reason}.") from error

@@ -6,14 +6,19 @@ random run once per batch; all else is done sample by sample, with the sample's 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterable
+from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate, get_worker_info
 
-from dist_train.config import Config
+from dist_train.config import Config, UserError
 from dist_train.data.images import InMemory
 from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform, seed_sample
@@ -37,6 +42,16 @@ class Batch(NamedTuple):
         )
 
 
+class Unreadable(NamedTuple):
+    """Stands where a worker could not read a batch; the error comes up, as it is, where it is used."""
+
+    error: UserError
+
+    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+        """Raises the error."""
+        raise self.error
+
+
 class Samples(Dataset[Any]):
     """`source` with its transforms; `__getitems__` takes a `Part` and returns a `Batch`."""
 
@@ -56,10 +71,27 @@ class Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         return self.sample(index, epoch=0)
 
-    def __getitems__(self, part: Part) -> Batch:
+    def __getitems__(self, part: Part) -> Batch | Unreadable:
+        try:
+            return self.batch(part)
+        except UserError as error:
+            error.everywhere = False  # other ranks read other samples
+            if get_worker_info() is None:
+                raise
+            return Unreadable(error)  # torch would put a traceback into its text
+
+    def batch(self, part: Part) -> Batch:
+        """The samples of a micro-batch, transformed as its epoch wants it."""
         memory = in_memory(self.source)
         if memory is None or not self.transform.batched:
             samples = [self.sample(int(index), part.epoch) for index in part.indices]
+            shapes = {tuple(image.shape): None for image, _ in samples}
+            if len(shapes) > 1:
+                one, other = [list(shape) for shape in shapes][:2]
+                raise UserError(
+                    f"{self.transform.where}: images of shapes {one} and {other} don't fit into one batch;"
+                    " give them one size, as by {Resize: {size: [64, 64]}}."
+                )
             inputs, targets = default_collate(samples)
             return Batch(inputs, targets, part)
         index = torch.from_numpy(part.indices)
@@ -108,7 +140,7 @@ def make_loader(
         pin_memory=pin and torch.cuda.is_available(),
         prefetch_factor=options.prefetch if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, _ending) if workers else None,
     )
 
 
@@ -116,7 +148,17 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _start_worker(_: int) -> None:
+# Set when this process is about to end. Python then ends its workers by SIGTERM, and waits for them.
+_ending = multiprocessing.RawValue("b", 0)
+atexit.register(setattr, _ending, "value", 1)
+
+
+def _start_worker(ending: Any, _: int) -> None:
     """Workers outlive the signals that end a run: the main process stops them when it has saved."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if ending.value:
+            os._exit(0)
+
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(getattr(signal, name), handle if name == "SIGTERM" else signal.SIG_IGN)

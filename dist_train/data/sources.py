@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv as csv_module
 import inspect
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,14 @@ def arrays(
     Images are `[N, H, W]`, `[N, H, W, C]` or `[N, C, H, W]`, uint8 or float; labels whole numbers or floats.
     """
     if root and Path(root).suffix == ".npz":
-        stored = _numpy(Path(root), "data.root")
-        names = ("x_train", "y_train") if train else ("x_test", "y_test")
-        if not train and not any(name in stored for name in names):
-            return None
-        for name in names:
-            if name not in stored:
-                raise UserError(f"{root}: has no array '{name}'; it holds {', '.join(stored)}.")
-        x, y, where = stored[names[0]], stored[names[1]], root
+        where, names = root, ("x_train", "y_train") if train else ("x_test", "y_test")
+        with _numpy_errors(Path(root), "data.root"), np.load(root, allow_pickle=False) as stored:
+            if not train and not any(name in stored for name in names):
+                return None
+            for name in names:
+                if name not in stored:
+                    raise UserError(f"{root}: has no array '{name}'; it holds {', '.join(stored)}.")
+            x, y = stored[names[0]], stored[names[1]]
     else:
         pair = (images, labels) if train else (eval_images, eval_labels)
         if not all(pair):
@@ -114,6 +116,9 @@ def arrays(
         raise UserError(f"{where}: {len(x)} images but {len(y)} labels.")
     if x.ndim not in (3, 4):
         raise UserError(f"{where}: images must be [N, H, W] or [N, H, W, C], not {list(x.shape)}.")
+    for what, array in (("images", x), ("labels", y)):
+        if array.dtype.kind not in "biuf":
+            raise UserError(f"{where}: the {what} must be numbers, not of type {array.dtype}.")
     tensor = torch.from_numpy(np.ascontiguousarray(x))
     if tensor.ndim == 3:
         tensor = tensor.unsqueeze(1)
@@ -121,10 +126,17 @@ def arrays(
         tensor = tensor.permute(0, 3, 1, 2).contiguous()
     target = torch.from_numpy(np.ascontiguousarray(y))
     if target.is_floating_point():
-        target = target.float()
-    elif classes is None:
-        classes = [str(number) for number in range(int(target.max()) + 1 if len(target) else 0)]
-    return InMemory(tensor, target if target.is_floating_point() else target.long(), classes or [])
+        return InMemory(tensor, target.float(), classes or [])
+    target = target.long()
+    low, high = (int(target.min()), int(target.max())) if len(target) else (0, -1)
+    if classes is None:
+        classes = [str(number) for number in range(high + 1)]
+    if low < 0 or high >= len(classes):
+        raise UserError(
+            f"{where}: a label is {low if low < 0 else high}, but the {len(classes)} classes are numbered"
+            " from 0."
+        )
+    return InMemory(tensor, target, classes)
 
 
 SOURCES: dict[str, Callable[..., Any]] = {
@@ -160,6 +172,7 @@ def _torchvision(cls: type, root: str | None, train: bool, args: dict[str, Any])
         offered["random_offset"] = 0 if train else 1_000_000_007  # other images for evaluation
     args = dict(args)
     eval_split = args.pop("eval_split", None)
+    classes = None if "classes" in parameters else args.pop("classes", None)
     if "split" in parameters:
         offered["split"] = "train"
         if not train:
@@ -172,6 +185,8 @@ def _torchvision(cls: type, root: str | None, train: bool, args: dict[str, Any])
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"data.name: {cls.__name__} could not be opened: {reason}.") from None
+    if classes or not hasattr(dataset, "classes"):
+        dataset.classes = classes or _numbered(dataset)
     images, labels = getattr(dataset, "data", None), getattr(dataset, "targets", None)
     if not isinstance(images, (np.ndarray, torch.Tensor)) or labels is None:
         return dataset
@@ -182,7 +197,17 @@ def _torchvision(cls: type, root: str | None, train: bool, args: dict[str, Any])
         images = images.unsqueeze(1)
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2).contiguous()
-    return InMemory(images, labels.long(), getattr(dataset, "classes", []))
+    return InMemory(images, labels.long(), dataset.classes)
+
+
+def _numbered(dataset: Any) -> list[str]:
+    """Class names for one of torchvision's data sets that has none: the numbers of its labels."""
+    count = getattr(dataset, "num_classes", None)
+    for name in ("targets", "labels", "_labels"):
+        labels = np.asarray(getattr(dataset, name, []))
+        if not count and labels.ndim == 1 and labels.size and labels.dtype.kind in "iu":
+            count = int(labels.max()) + 1
+    return [str(number) for number in range(count or 0)]
 
 
 def _class_folders(folder: Path, channels: int) -> ImageFiles:
@@ -248,10 +273,16 @@ def _near_path(path: Path) -> str:
 
 
 def _numpy(file: Path, where: str) -> Any:
-    try:
+    with _numpy_errors(file, where):
         return np.load(file, allow_pickle=False)
+
+
+@contextmanager
+def _numpy_errors(file: Path, where: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{where}: there is no file {file}{_near_path(file)}.") from None
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{where}: {file} is no NumPy file without objects ({reason}).") from None

@@ -37,7 +37,9 @@ class ImageTransform:
         std: Sequence[float] = (),
         where: str = "data.train_transform",
     ) -> None:
+        self.where = where
         built = [_build(name, f"{where}[{position}]") for position, name in enumerate(names)]
+        self.names = [name for _, name in built]
         self.steps = [step for step, _ in built]
         self.batched = all(name in BATCHED for _, name in built)
         self.ours = all(name for _, name in built)  # only v2's, which draw from torch alone
@@ -50,14 +52,25 @@ class ImageTransform:
 
     def geometry(self, image: Any) -> Any:
         """The named transforms alone, before conversion and normalization."""
-        for step in self.steps:
-            image = step(image)
+        for position, step in enumerate(self.steps):
+            try:
+                image = step(image)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if not self.names[position]:  # the user's own: its traceback tells more
+                    raise
+                reason = " ".join(str(error).split()).rstrip(".")
+                raise UserError(
+                    f"{self.where}[{position}]: {self.names[position]} can't be applied to an image of"
+                    f" shape {list(getattr(image, 'shape', ()))}: {reason}."
+                ) from error
         return image
 
     def to_float(self, image: Any) -> torch.Tensor:
         """Values from 0 to 1, then normalized; a tensor that is float already is only normalized."""
         tensor = image if isinstance(image, torch.Tensor) else v2.functional.to_image(image)
-        if not tensor.is_floating_point():
+        if tensor.is_floating_point():
+            tensor = tensor.float()
+        else:
             tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
         tensor = tensor.as_subclass(torch.Tensor)
         if self.mean is not None and self.std is not None:
