@@ -1,0 +1,88 @@
+"""The examples run and are as short as they say; what `fit` is given from Python is used on every rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_train.config import load
+from dist_train.tracking import read_metrics
+from tests.conftest import REPO, Finished, free_port
+
+EXAMPLES = REPO / "examples"
+QUIET = {"WANDB_MODE": "disabled"}
+
+
+def last_metrics(run: Path) -> dict[str, Any]:
+    return read_metrics(run)[-1]
+
+
+def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
+    tmp_path: Path, run: Callable[..., Finished], cli: Callable[..., Finished]
+) -> None:
+    assert len((EXAMPLES / "own_model.py").read_text().splitlines()) < 20
+    finished = run(sys.executable, EXAMPLES / "own_model.py", env=QUIET)
+    assert finished.rc == 0, finished
+    assert last_metrics(tmp_path / "runs/own-model")["eval/accuracy"] > 0.85
+    config = load([tmp_path / "runs/own-model/config.yaml"])
+    assert config.model.name == "torch.nn.modules.container:Sequential"
+    assert config.data.name == "torch.utils.data.dataset:TensorDataset"
+    assert config.task.name == "__main__:Focal"
+    # The same images and model can't be had from that, and no others are taken in their place.
+    evaluated = cli("eval", "runs/own-model")
+    assert evaluated.rc == 2, evaluated
+    assert evaluated.err.count("\n") == 1, evaluated
+
+
+def test_a_task_that_is_no_classification_needs_less_than_30_lines(
+    tmp_path: Path, run: Callable[..., Finished]
+) -> None:
+    assert len((EXAMPLES / "regression.py").read_text().splitlines()) < 30
+    finished = run(sys.executable, EXAMPLES / "regression.py", env=QUIET)
+    assert finished.rc == 0, finished
+    last = last_metrics(tmp_path / "runs/regression")
+    assert last["eval/error"] < 0.05
+    assert "eval/accuracy" not in last
+
+
+SCRIPT = """
+import os, torch, dist_train
+from dist_train.data.images import InMemory
+images = torch.rand(320, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+data = InMemory(images, (images[:, 0, 0].mean(1) > 0.5).long(), ["dark", "bright"])
+torch.manual_seed(int(os.environ.get("RANK", 0)))  # as programs do that seed nothing
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+config = {"device": "cpu", "train": {"steps": 4, "ema": 0.999}, "wandb": {"mode": "disabled"}}
+name = "w" + os.environ.get("WORLD_SIZE", "1")
+dist_train.fit(config | {"run": {"name": name}}, model=model, train_data=data, eval_data=data)
+"""
+
+
+def test_a_model_that_each_rank_made_otherwise_is_that_of_rank_0(
+    tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{}, *({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2))]
+    processes = [start(sys.executable, "script.py", env=variables) for variables in ranks]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    one, two = (last_metrics(tmp_path / "runs" / name) for name in ("w1", "w2"))
+    assert one["eval/accuracy"] == two["eval/accuracy"]
+    assert one["eval/loss"] == pytest.approx(two["eval/loss"], rel=1e-6)
+
+
+def test_a_loss_of_ones_own_that_the_configuration_names_can_be_predicted_with(
+    tmp_path: Path, small: list[str], image_folder: Path, cli: Callable[..., Finished]
+) -> None:
+    (tmp_path / "mine.py").write_text("from dist_train.task import Classification as Mine\n")
+    trained = cli("train", *small, "task.name=mine:Mine")
+    assert trained.rc == 0, trained
+    predicted = cli("predict", "runs/run", image_folder / "val", "--format", "json")
+    assert predicted.rc == 0, predicted
+    assert {row["class"] for row in json.loads(predicted.out)} <= {"0", "1", "2"}
