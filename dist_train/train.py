@@ -252,9 +252,10 @@ def _open_record(config: Config, total: int, step: int) -> Tracker:
 
 def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> str:
     processes = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
+    threads = torch.get_num_threads()
     return (
         f"run {config.run_dir}: {config.model.name} on {config.data.name},"
         f" {len(sets.train):,} training and {len(sets.eval):,} eval samples, {total:,} steps of"
         f" {config.train.batch_size}, {processes} on {ranks.device.type},"
-        f" {torch.get_num_threads()} CPU threads each"
+        f" {threads} CPU thread{'s' if threads > 1 else ''} each"
     )
