@@ -21,6 +21,7 @@ from typing import Any
 from dist_train.config import Config, to_mapping
 from dist_train.progress import Progress
 
+INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
 FINISH_SECONDS = 30  # how long the end of a run waits for W&B
 
 
@@ -62,8 +63,9 @@ class Tracker:
     def say(self, text: str) -> None:
         """Shows a line and keeps it in log.txt."""
         self.progress.say(text)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        self._log.flush()
+        if not self._log.closed:  # W&B's thread may have the last word
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            self._log.flush()
 
     def productive(self, seconds: float) -> None:
         """Counts seconds of training steps, for the share of productive time."""
@@ -134,7 +136,7 @@ class Mirror:
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
             if mode == "offline" and "WANDB_MODE" not in os.environ:
                 say("W&B: no API key, so the run is logged offline; `wandb sync` uploads it later.")
-        self._options = _wandb_options(config, mode)
+        self._options = _wandb_options(wandb, config, mode)
         self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
         self._thread.start()
 
@@ -148,19 +150,31 @@ class Mirror:
 
     def _run(self) -> None:
         try:
-            settings = self._wandb.Settings(**self._options.pop("settings"))
-            run = self._wandb.init(settings=settings, **self._options)
+            run = self._connect()
             run.define_metric("step")
             run.define_metric("*", step_metric="step")
             while (row := self.rows.get()) is not None:
                 run.log(row)
             run.finish(exit_code=int(self._failed))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            self._say(f"W&B: {reason}; the training goes on, metrics.jsonl holds every row.")
+            self._say(f"W&B: {_first_line(error)}; the training goes on, metrics.jsonl holds every row.")
+
+    def _connect(self) -> Any:
+        try:
+            return self._wandb.init(**self._options)
+        except Exception as error:
+            if self._options["mode"] != "online":
+                raise
+            self._say(f"W&B: {_first_line(error)}; logging offline, `wandb sync` uploads it later.")
+            self._wandb.teardown()  # else the run counts as in use
+            return self._wandb.init(**{**self._options, "mode": "offline"})
 
 
-def _wandb_options(config: Config, mode: str) -> dict[str, Any]:
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+
+
+def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
     """The arguments of wandb.init. The id lives in the run's folder: each attempt continues the same run."""
     folder = config.run_dir
     (folder / "wandb").mkdir(exist_ok=True)
@@ -176,14 +190,14 @@ def _wandb_options(config: Config, mode: str) -> dict[str, Any]:
         "name": config.wandb.name or config.run.name,
         **{name: getattr(config.wandb, name) for name in ("project", "entity", "group", "tags", "notes")},
         # Nothing of the machine beyond its load: no code, no git remote, no console, no command line.
-        "settings": {
-            "disable_git": True,
-            "disable_code": True,
-            "console": "off",
-            "x_disable_meta": True,
-            "silent": True,
-            "init_timeout": 60,
-        },
+        "settings": wandb.Settings(
+            disable_git=True,
+            disable_code=True,
+            console="off",
+            x_disable_meta=True,
+            silent=True,
+            init_timeout=INIT_SECONDS,
+        ),
     }
 
 

@@ -215,8 +215,10 @@ def _loop(
         pace = ranks.world_size * MEET_SECONDS / max(seconds, 1e-9)
         meet_at = state.step + max(1, min(config.log.every, int(pace)))
         if log_due:
+            productive = clock.seconds
             row = {"train/loss": window.take(), "lr": lr, **clock.take(total - state.step)}
             if tracker:
+                tracker.productive(productive)
                 tracker.log(state.step, step // per_epoch, row)
         with clock.paused():
             if eval_due and not stop:

@@ -1,0 +1,111 @@
+"""The record of a run: metrics.jsonl and status.json, and their mirror in W&B, which nothing depends on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_train.tracking import read_metrics
+from tests.conftest import Finished, environment
+
+TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
+         "device=cpu", "model.args.hidden=[8]"]  # fmt: skip
+SECRETS = {"WANDB_API_KEY": "", "MY_SECRET": "sesame-9e107d9d372bb6826bd81d3542a419d6"}
+
+
+def test_rows_hold_what_the_charts_need(npz: Path, tmp_path: Path, cli: Callable[..., Finished]) -> None:
+    finished = cli(*TRAIN, f"data.root={npz}", "wandb.mode=disabled")
+    assert finished.rc == 0, finished
+    run = tmp_path / "runs" / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in trained] == [3, 6, 9, 12]
+    assert all({"epoch", "time", "attempt", "lr", "perf/samples_per_second"} <= row.keys() for row in trained)
+    evaluated = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluated] == [6, 12]
+    assert all(0 <= row["eval/accuracy"] <= 1 for row in evaluated)
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_steps"], status["attempts"]) == (
+        "completed",
+        12,
+        12,
+        1,
+    )
+    assert 0 < status["seconds"]["productive"] <= status["seconds"]["total"]
+
+
+def test_a_row_that_a_kill_cut_short_and_rows_taken_back_are_left_out(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 5, "attempt": 1, "train/loss": 3.0}',
+        '{"step": 10, "attempt": 1, "train/loss": 2.0}',
+        '{"step": 15, "attempt": 1, "train/lo',
+        '{"step": 10, "attempt": 2, "train/loss": 2.5}',
+        '{"step": 10, "attempt": 2, "eval/loss": 2.6}',
+        '{"step": 15, "attempt": 2, "train/loss": 1.5}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], row["attempt"]) for row in rows] == [(5, 1), (10, 2), (10, 2), (15, 2)]
+
+
+def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
+    npz: Path, tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
+    """With a key in the environment too: mode=offline uploads nothing, and no file may hold the key."""
+    secrets = {**SECRETS, "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+    options = ["wandb.mode=offline", "wandb.group=g1", "wandb.tags=[a,b]", "wandb.project=p1"]
+    for steps in (6, 12):  # two attempts of one run
+        finished = cli(*TRAIN, f"data.root={npz}", *options, f"train.steps={steps}", env=secrets)
+        assert finished.rc == 0, finished
+    run = tmp_path / "runs" / "run"
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    identity = (run / "wandb" / "run_id").read_text()
+    assert all(file.stem == f"run-{identity}" for file in files)
+    first, second = (
+        [json.loads(x) for x in _inspect(file).splitlines() if x.startswith("{")] for file in files
+    )
+    text = json.dumps([first, second])
+    assert "g1" in text and "p1" in text
+    assert "batch_size" in text
+    for records, steps in ((first, [3, 6, 6]), (second, [9, 12, 12])):
+        rows = [record["history"]["item"] for record in records if "history" in record]
+        assert [row["step"] for row in rows] == steps
+        assert any("train/loss" in row for row in rows) and any("eval/accuracy" in row for row in rows)
+    for file in run.rglob("*"):
+        if file.is_file():
+            data = file.read_bytes()
+            assert not any(secret.encode() in data for secret in secrets.values() if secret), file
+
+
+def test_without_a_key_it_is_offline_and_says_so_once(
+    npz: Path, tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
+    finished = cli(*TRAIN, f"data.root={npz}", env={"HOME": tmp_path})
+    assert finished.rc == 0, finished
+    assert finished.err.count("offline") == 1, finished
+    assert list((tmp_path / "runs" / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_server_that_cannot_be_reached_does_not_stop_the_training(
+    npz: Path, tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
+    unreachable = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    finished = cli(*TRAIN, f"data.root={npz}", "wandb.mode=online", env=unreachable, timeout=240)
+    assert finished.rc == 0, finished
+    assert "completed at step 12" in finished.out
+    assert "W&B" in finished.err
+    assert "Traceback" not in finished.err
+    rows = read_metrics(tmp_path / "runs" / "run")
+    # The loop did not wait: all steps were done before W&B had given up.
+    assert rows[-1]["step"] == 12 and rows[-1]["time"] < 30
+
+
+def _inspect(file: Path) -> str:
+    """The records of a .wandb file as JSON, read by W&B's own tool."""
+    wandb = Path(sys.executable).parent / "wandb"
+    command = [str(wandb), "leet", "inspect", "--json", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout
