@@ -219,52 +219,71 @@ def write_images(folder: Path, count: int, size: int = 8, seed: int = 0) -> list
     return written
 
 
-@pytest.fixture
-def npz(tmp_path: Path) -> Path:
+def write_npz(folder: Path) -> Path:
     """arrays.npz: 90 training and 37 eval images of 8 x 8 pixels, in 3 learnable classes."""
     x_train, y_train = pictures(90)
     x_test, y_test = pictures(37, seed=1)
-    path = tmp_path / "arrays.npz"
+    path = folder / "arrays.npz"
     np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
     return path
 
 
-@pytest.fixture
-def small(npz: Path) -> list[str]:
-    """Arguments of a training of 12 steps on `npz`, recorded in runs/run; later ones win."""
-    return [
-        "data.name=arrays",
-        f"data.root={npz}",
-        "data.workers=0",
-        "optim.lr=0.1",
-        "train.batch_size=16",
-        "train.steps=12",
-        "log.every=4",
-        "device=cpu",
-        "wandb.mode=disabled",
-    ]
-
-
-@pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def write_image_folder(folder: Path) -> Path:
     """images/{train,val}/{bright,dark,striped}/*.png: 30 and 12 RGB images of 8 x 8 pixels."""
-    top = tmp_path / "images"
+    top = folder / "images"
     for part, count, seed in (("train", 30, 0), ("val", 12, 1)):
-        for path, name in write_images(tmp_path / "loose", count, seed=seed):
+        for path, name in write_images(folder / "loose", count, seed=seed):
             (top / part / name).mkdir(parents=True, exist_ok=True)
             path.rename(top / part / name / path.name)
+    (folder / "loose").rmdir()
     return top
 
 
-@pytest.fixture
-def csv_data(tmp_path: Path) -> Path:
+def write_csv_data(folder: Path) -> Path:
     """csv/{train.csv,eval.csv,pictures/*.png}: 30 and 12 images, a header, labels by name."""
-    top = tmp_path / "csv"
+    top = folder / "csv"
     for part, count, seed in (("train", 30, 0), ("eval", 12, 1)):
         rows = write_images(top / "pictures" / part, count, seed=seed)
         shown = [(f"{part}/{path.name}", name) for path, name in rows]
         write_csv(top / f"{part}.csv", [("file_name", "label"), *shown])
     return top
+
+
+@pytest.fixture
+def npz(tmp_path: Path) -> Path:
+    """The path of what `write_npz` writes."""
+    return write_npz(tmp_path)
+
+
+SMALL = [
+    "data.name=arrays",
+    "data.root=arrays.npz",
+    "data.workers=0",
+    "optim.lr=0.1",
+    "train.batch_size=16",
+    "train.steps=12",
+    "log.every=4",
+    "device=cpu",
+    "wandb.mode=disabled",
+]
+
+
+@pytest.fixture
+def small(npz: Path) -> list[str]:
+    """Arguments of a training of 12 steps on `npz`, recorded in runs/run; later ones win."""
+    return [*SMALL, f"data.root={npz}"]
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """The path of what `write_image_folder` writes."""
+    return write_image_folder(tmp_path)
+
+
+@pytest.fixture
+def csv_data(tmp_path: Path) -> Path:
+    """The path of what `write_csv_data` writes."""
+    return write_csv_data(tmp_path)
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
@@ -274,31 +293,9 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
     return path
 
 
-@pytest.fixture
-def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
-    """files(folder) -> {path: (size, mtime in ns)} of all that lies in it, to see what changed."""
-
-    def listing(folder: Path) -> dict[str, tuple[int, int]]:
-        return {
-            str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
-            for path in sorted(folder.rglob("*"))
-        }
-
-    return listing
-
-
-# --- SLURM ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A throwaway real Slurm of two nodes on this machine, for the whole session."""
-    from tests.slurm.cluster import Cluster
-    from tests.slurm.cluster import missing as missing_programs
-
-    lacking = missing_programs() or ([] if os.geteuid() == 0 else ["the rights of root"])
-    if lacking:
-        what = f"a throwaway Slurm needs {', '.join(lacking)} (Debian: slurm-wlm, munge)"
-        pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """{path: (size, mtime in ns)} of all that lies in a folder, to see what changed."""
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+    }

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import REPO, Finished, pictures, write_csv
+from tests.conftest import (
+    REPO,
+    SMALL,
+    Finished,
+    environment,
+    listing,
+    pictures,
+    write_csv,
+    write_csv_data,
+    write_image_folder,
+    write_npz,
+)
 
 ASSETS = REPO / "dist_train" / "assets"
 ABSENT = "mps" if sys.platform.startswith("linux") else "cuda"  # a device that can't be here
@@ -211,9 +223,8 @@ LATE = [
 
 # One of each part of the program, for two processes.
 SHARED = {
-    "an unknown model", "layers of negative size", "an unknown optimizer", "a warm-up without end",
-    "an unknown transform", "an empty class", "a CSV row without an image", "a truncated idx.gz",
-    "a corrupt .npz", "a run's folder in a file",
+    "an unknown model", "an unknown optimizer", "an unknown transform", "an empty class",
+    "a CSV row without an image", "a truncated idx.gz", "a corrupt .npz", "a run's folder in a file",
 }  # fmt: skip
 
 
@@ -221,9 +232,20 @@ def cases(*mistakes: Mistake) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("mistake", mistakes, ids=lambda mistake: mistake.name)
 
 
-@pytest.fixture
-def world(tmp_path: Path, image_folder: Path, csv_data: Path, npz: Path) -> Path:
+class Outcome(NamedTuple):
+    """A process that made a mistake, and its folder before and after it."""
+
+    result: Finished
+    before: dict[str, tuple[int, int]]
+    after: dict[str, tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder full of broken things, and of a run's record that must stay as it is."""
+    tmp_path = tmp_path_factory.mktemp("template")
+    npz, image_folder = write_npz(tmp_path), write_image_folder(tmp_path)
+    csv_data = write_csv_data(tmp_path)
     run = tmp_path / "runs" / "run"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 4, "epoch": 0, "time": 1, "attempt": 1}\n')
@@ -277,38 +299,93 @@ def flipped(data: bytes, position: int) -> bytes:
 
 
 def assert_one_sentence(result: Finished, words: str) -> None:
-    assert result.rc == 2, result
+    assert (result.rc, result.out) == (2, ""), result
     assert re.fullmatch(r"dist-train: [^\n]+\.\n", result.err), result
-    assert "Traceback" not in result.out + result.err, result
+    assert "Traceback" not in result.err, result
     for word in words.split("  "):
         assert word in result.err, f"'{word}' is not in: {result.err}"
 
 
-@cases(*EARLY, *LATE)
-def test_a_mistake_is_one_sentence_and_nothing_is_touched(
-    mistake: Mistake,
-    cli: Callable[..., Finished],
-    world: Path,
-    small: list[str],
-    files: Callable[[Path], dict[str, tuple[int, int]]],
+@pytest.fixture(scope="module")
+def late(
+    request: pytest.FixtureRequest, template: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
+    """All late mistakes that were selected, made by one process: torch is slow to start."""
+    chosen = [
+        item.callspec.params["mistake"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "late" in item.fixturenames
+    ]
+    worlds = [tmp_path_factory.mktemp("mistake") / "world" for _ in chosen]
+    for world in worlds:
+        shutil.copytree(template, world)
+    before = [listing(world) for world in worlds]
+    jobs = [
+        (str(world), ["train", *SMALL, *mistake.arguments.split("  ")])
+        for world, mistake in zip(worlds, chosen, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+        input=json.dumps(jobs),
+        env=environment(PYTHONDONTWRITEBYTECODE=1),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    results = [Finished(*json.loads(line)) for line in done.stdout.splitlines()]
+    outcomes = zip(results, before, map(listing, worlds), strict=True)
+    return {mistake.name: Outcome(*it) for mistake, it in zip(chosen, outcomes, strict=True)}
+
+
+ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, os, sys, traceback
+from dist_train import cli
+
+for folder, arguments in json.load(sys.stdin):
+    os.chdir(folder)
+    sys.argv, code, out, err = ["dist-train", *arguments], 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@cases(*EARLY)
+def test_a_mistake_in_the_configuration_is_one_sentence_and_nothing_is_touched(
+    mistake: Mistake, cli: Callable[..., Finished], template: Path
 ) -> None:
-    before = files(world)
-    result = cli("train", *small, *mistake.arguments.split("  "), env={"PYTHONDONTWRITEBYTECODE": 1})
+    before = listing(template)
+    result = cli("train", *SMALL, *mistake.arguments.split("  "), cwd=template)
     assert_one_sentence(result, mistake.words)
-    assert result.out == ""
-    assert files(world) == before
+    assert listing(template) == before
 
 
-@cases(*EARLY[::3], *(mistake for mistake in LATE if mistake.name in SHARED))
-def test_two_processes_tell_a_mistake_once(
-    mistake: Mistake, ranks: Callable[..., list[Finished]], world: Path, small: list[str]
+@cases(*LATE)
+def test_a_mistake_in_what_is_built_is_one_sentence_and_nothing_is_touched(
+    mistake: Mistake, late: dict[str, Outcome]
 ) -> None:
-    first, second = ranks(2, "train", *small, *mistake.arguments.split("  "))
+    assert_one_sentence(late[mistake.name].result, mistake.words)
+    assert late[mistake.name].after == late[mistake.name].before
+
+
+@cases(*EARLY[::4], *(mistake for mistake in LATE if mistake.name in SHARED))
+def test_two_processes_tell_a_mistake_once(
+    mistake: Mistake, ranks: Callable[..., list[Finished]], template: Path, tmp_path: Path
+) -> None:
+    world = tmp_path / "world"
+    shutil.copytree(template, world)
+    before = listing(world / "runs")
+    first, second = ranks(2, "train", *SMALL, *mistake.arguments.split("  "), cwd=world)
     assert_one_sentence(first, mistake.words)
     assert (second.rc, second.err) == (2, ""), second
-    assert sorted(path.name for path in (world / "runs" / "run").iterdir()) == [
-        "metrics.jsonl", "status.json",
-    ]  # fmt: skip
+    assert listing(world / "runs") == before
 
 
 def test_two_processes_name_the_batch_sizes_that_they_can_divide(
