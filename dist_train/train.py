@@ -149,6 +149,8 @@ def _loop(
     best = Best.parse(config.checkpoint.best or task.best)
     saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep) if ranks.is_main else None
     model, optimizer = accelerator.prepare(state.model, state.optimizer)  # may move the weights
+    if not accelerator.scaler:  # the wrapper costs 60 us a step, and only fp16's loss scale needs it
+        optimizer = state.optimizer
     model.train()
     weights = [weight for weight in state.model.parameters() if weight.requires_grad]
     average = None
@@ -223,6 +225,7 @@ def _loop(
         with clock.paused():
             if eval_due and not stop:
                 measure()
+                stop = not state.metrics  # a signal came in the middle of it: the next attempt repeats it
             is_best = best.improves(state.metrics, state.best)
             if save_due or save_now or stop or is_best:
                 save(is_best)

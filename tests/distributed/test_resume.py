@@ -72,6 +72,39 @@ def test_an_interrupted_run_saves_on_all_ranks_at_one_step_and_goes_on(tmp_path:
     assert _history(tmp_path / "runs" / "undisturbed") == _history(tmp_path / "runs" / "stopped")
 
 
+STOPS_ITSELF = """
+import os, pathlib, signal
+from dist_train.task import Classification
+
+class StopsItself(Classification):
+    # The fourth batch that is evaluated is in the middle of the second evaluation.
+    batches = 0
+
+    def metrics(self, outputs, targets):
+        type(self).batches += 1
+        mark = pathlib.Path("stopped")
+        if self.batches == 4 and not mark.exists() and pathlib.Path("armed").exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().metrics(outputs, targets)
+"""
+
+
+def test_a_run_interrupted_in_the_middle_of_an_evaluation_repeats_it(tmp_path: Path, sample: str) -> None:
+    (tmp_path / "mine.py").write_text(STOPS_ITSELF)
+    arguments = [
+        sample, "task.name=mine:StopsItself", "train.steps=30", "model.args.hidden=[16]",
+        "eval.every=10", "eval.batch_size=400", "checkpoint.every=never",
+    ]  # fmt: skip
+    train(tmp_path, *arguments, "run.name=undisturbed")
+    (tmp_path / "armed").touch()
+    train(tmp_path, *arguments, "run.name=stopped", expect=75)
+    assert status(tmp_path, "stopped")["step"] == 20
+    train(tmp_path, *arguments, "run.name=stopped")
+    assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, "stopped"))
+    assert _history(tmp_path / "runs" / "undisturbed") == _history(tmp_path / "runs" / "stopped")
+
+
 def test_a_run_goes_on_on_another_number_of_processes(tmp_path: Path, sample: str) -> None:
     plain = [
         sample,
