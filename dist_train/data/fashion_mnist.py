@@ -41,10 +41,11 @@ def fashion_mnist(root: str | None = None, train: bool = True, download: bool = 
     if download and _download_fashion_mnist(target):
         return _fashion_files(target / "FashionMNIST" / "raw", part)
     sample = _fashion_files(ASSETS, part)
-    sample.note = (
-        f"Fashion-MNIST is not at hand: using the shipped sample of {len(sample):,}"
-        f" {'training' if train else 'test'} images; set data.root to the folder of the whole set."
-    )
+    if train:  # said once
+        sample.note = (
+            "Fashion-MNIST is not at hand: using the shipped sample of 6,000 training and 1,000 test images;"
+            " set data.root to the folder of the whole set."
+        )
     return sample
 
 
