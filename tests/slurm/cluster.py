@@ -1,7 +1,7 @@
-"""A throwaway real Slurm on this machine: private munged, slurmctld and two slurmd in one folder.
+"""A throwaway real Slurm on this machine: private munged, slurmctld and several slurmd.
 
-Nothing of a Slurm that may be installed here is used or touched: its ports are free ones, its files lie in
-the folder that is given, and SLURM_CONF is set for the commands that `run` starts, and for no others.
+Nothing of a Slurm that may be installed here is used or touched: its ports are free ones, its files
+lie in the folder that is given, and SLURM_CONF is set for the commands that `run` starts only.
 """
 
 from __future__ import annotations
@@ -9,69 +9,36 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from tests.conftest import environment, free_port
+from tests.slurm.commands import Commands
 
-NEEDED = ("munged", "slurmctld", "slurmd", "srun")
-
-CONFIGURATION = """
-ClusterName=throwaway
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={controller}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.sock
-CryptoType=crypto/munge
-CredType=cred/munge
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-ReturnToService=2
-SwitchType=switch/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-SchedulerType=sched/builtin
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-KillWait=5
-SlurmdTimeout=10
-InactiveLimit=0
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1} CPUs=4 RealMemory=1000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2} CPUs=4 RealMemory=1000
-PartitionName=low Nodes=n[1-2] Default=YES MaxTime=60 State=UP
-"""
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
+NODE = "NodeName={} NodeHostname={} NodeAddr=127.0.0.1 Port={} CPUs=4 RealMemory=4000 Gres=gpu:2\n"
 
 
 def missing() -> list[str]:
     """What is not installed of the programs that `Cluster` needs."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-    return [name for name in NEEDED if shutil.which(name, path=path) is None]
+    needed = ("munged", "slurmctld", "slurmd", "srun")
+    return [name for name in needed if shutil.which(name, path=PATH) is None]
 
 
-class Cluster:
-    """Two nodes, n1 and n2, with four CPUs each in name; `with Cluster(folder) as cluster`."""
+class Cluster(Commands):
+    """Nodes n1, n2, … with 4 CPUs and 2 GPUs each in name; `with Cluster(folder) as cluster`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.variables = {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._pid_files = [
-            folder / name for name in ("slurmd-n1.pid", "slurmd-n2.pid", "slurmctld.pid", "munge.pid")
-        ]
+    Jobs in the partition `low`, the default, are requeued when those in `high` need their nodes.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        super().__init__(folder, {"SLURM_CONF": str(folder / "slurm.conf")})
+        self.nodes = [f"n{number + 1}" for number in range(nodes)]
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
         try:
@@ -84,67 +51,86 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(
-        self, command: list[Any], cwd: Path | None = None, timeout: float = 120
-    ) -> subprocess.CompletedProcess[str]:
-        """Runs a Slurm command to its end, as a user of this cluster would."""
-        return subprocess.run(
-            [str(word) for word in command], cwd=cwd, env=environment(**self.variables), text=True,
-            capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+    def kill_node(self, node: str) -> None:
+        """SIGKILL for a node's slurmd. The node is down some 30 s later; its ranks live on."""
+        self._daemons[node].kill()
+        self._daemons.pop(node).wait()
 
-    def _start(self) -> None:
-        folder = self.folder
-        for name in ("state", "spool-n1", "spool-n2"):
-            (folder / name).mkdir()
-        folder.chmod(0o755)
-        key = folder / "munge.key"
-        key.write_bytes(os.urandom(1024))
-        key.chmod(0o400)
-        host = socket.gethostname().split(".")[0]
-        (folder / "slurm.conf").write_text(
-            CONFIGURATION.format(
-                folder=folder, host=host, controller=free_port(), node1=free_port(), node2=free_port()
-            )
-        )
-        self._daemon(
-            "munged", "--force", f"--key-file={key}", f"--socket={folder}/munge.sock",
-            f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log",
-            f"--seed-file={folder}/munge.seed",
-        )  # fmt: skip
-        self._daemon("slurmctld", "-c", "-f", folder / "slurm.conf")
-        for node in ("n1", "n2"):
-            self._daemon("slurmd", "-c", "-N", node, "-f", folder / "slurm.conf")
-        deadline = time.monotonic() + 60
-        states: list[str] = []
-        while states != ["idle", "idle"]:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"the nodes did not come up: {states}\n{self._logs()}")
-            time.sleep(0.2)
-            states = self.run(["sinfo", "--noheader", "--Node", "--format=%T"]).stdout.split()
+    def start_node(self, node: str) -> None:
+        """Starts a node's slurmd."""
+        self._daemon(node, "slurmd", "-D", "-N", node)
 
-    def _daemon(self, *command: Any) -> None:
-        words = [str(word) for word in command]
-        path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-        started = subprocess.run(
-            words, env=environment(**self.variables, PATH=path), capture_output=True, text=True, timeout=60
-        )
-        if started.returncode:
-            raise RuntimeError(f"{words[0]} did not start: {started.stderr}")
+    def wait_until_idle(self, timeout: float = 60) -> None:
+        """Waits until all nodes are up and no job holds one."""
+        deadline = time.monotonic() + timeout
+        command = ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%T"]
+        while (states := self.run(command).stdout.split()) != ["idle"] * len(self.nodes):
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                logs = [f"{log}: {log.read_text()[-2000:]}" for log in self.folder.glob("*.log")]
+                raise RuntimeError("\n".join([f"nodes: {states}; daemons ended: {ended}", *logs]))
+            time.sleep(0.1)
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of this cluster and of its jobs."""
+        # slurmstepd overwrites its environment, but listens in the spool folder.
+        sockets = psutil.net_connections("unix")
+        steps = {s.pid for s in sockets if str(s.laddr).startswith(f"{self.folder}/")}
+        found = set()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid in steps:
+                    found |= {process, *process.children(recursive=True)}
+                elif process.environ().get("SLURM_CONF") == self.variables["SLURM_CONF"]:
+                    found.add(process)
+        return [process for process in found if process.is_running()]
 
     def stop(self) -> None:
-        """Ends all jobs, then the daemons; waits until they are gone."""
-        if self._pid_files[2].exists():
+        """Ends all jobs and daemons; waits until they are gone."""
+        if "slurmctld" in self._daemons:
             with contextlib.suppress(subprocess.SubprocessError):
                 self.run(["scancel", "--full", "--user=root", "--signal=KILL"], timeout=20)
-        for file in self._pid_files:
-            with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-                pid = int(file.read_text())
-                os.kill(pid, signal.SIGTERM)
-                for _ in range(100):
-                    os.kill(pid, 0)
-                    time.sleep(0.1)
-                os.kill(pid, signal.SIGKILL)
+        for daemon in self._daemons.values():
+            daemon.terminate()
+        for daemon in self._daemons.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(10)
+        deadline = time.monotonic() + 20
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for process in left:  # jobs that outlived their slurmd, and daemons that hang
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
+        for daemon in self._daemons.values():
+            daemon.wait(5)
 
-    def _logs(self) -> str:
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-2000:]}" for log in self.folder.glob("*.log"))
+    def _start(self) -> None:
+        folder, host = self.folder, socket.gethostname().split(".")[0]
+        folder.chmod(0o755)
+        for name in ("state", *(f"spool-{node}" for node in self.nodes)):
+            (folder / name).mkdir()
+        template = Path(__file__).with_name("slurm.conf").read_text()
+        text = template.format(folder=folder, host=host, port=free_port())
+        nodes = [NODE.format(node, host, free_port()) for node in self.nodes]
+        (folder / "slurm.conf").write_text("".join([text, *nodes]))
+        gpus = f"NodeName={','.join(self.nodes)} Name=gpu File=/dev/tty[0-1]\n"
+        (folder / "gres.conf").write_text(gpus)
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o400)
+        suffixes = {"key-file": "key", "socket": "sock", "pid-file": "pid", "seed-file": "seed"}
+        files = [f"--{option}={folder}/munge.{suffix}" for option, suffix in suffixes.items()]
+        self._daemon("munged", "munged", "--foreground", "--force", *files)
+        deadline = time.monotonic() + 20
+        while not (folder / "munge.sock").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._daemon("slurmctld", "slurmctld", "-D")
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_until_idle()
+
+    def _daemon(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                command, env=environment(**self.variables, PATH=PATH), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
