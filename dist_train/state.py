@@ -54,7 +54,8 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
         model = models.build(
             config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
         )
-    models.probe(model, data.sample_shape, config.model.name)
+    for shape in {data.sample_shape, data.train_shape}:
+        models.probe(model, shape, config.model.name)
     model.to(runtime.device)
     if given and runtime.world_size > 1:  # made by the user's program, on each rank perhaps another
         for value in model.state_dict().values():

@@ -32,7 +32,8 @@ class Data:
     train: Samples
     eval: Samples
     classes: list[str]
-    sample_shape: tuple[int, ...]  # of one transformed image: (C, H, W)
+    sample_shape: tuple[int, ...]  # of one image in evaluation and prediction: (C, H, W)
+    train_shape: tuple[int, ...]  # of one image in training: perhaps a crop
     notes: list[str]  # one line each, for the user
 
     def steps_per_epoch(self, config: Config) -> int:
@@ -79,8 +80,9 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
         train_data = open_source(options.name, options.root, True, options.args)
         if eval_data is None and not options.eval_fraction:
             eval_data = open_source(options.name, options.root, False, options.args)
-    if len(train_data) == 0:
-        raise UserError(f"data: the training set of '{options.name}' is empty.")
+    for part, items in (("training", train_data), ("evaluation", eval_data)):
+        if items is not None and len(items) == 0:
+            raise UserError(f"data: the {part} set of '{options.name}' is empty.")
     classes = [str(name) for name in getattr(train_data, "classes", [])]
     eval_classes = [str(name) for name in getattr(eval_data, "classes", [])]
     if eval_classes != classes[: len(eval_classes)]:  # fewer may be missing at the end
@@ -105,8 +107,8 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
         training = ImageTransform(options.train_transform, options.mean, options.std)
     train = Samples(train_data, training, on_target, config.seed)
     evaluation = Samples(eval_data, evaluating, on_target, config.seed)
-    shape = tuple(train.sample(0, epoch=0)[0].shape)
-    return Data(train, evaluation, classes, shape, notes)
+    shape, train_shape = (tuple(samples.sample(0, epoch=0)[0].shape) for samples in (evaluation, train))
+    return Data(train, evaluation, classes, shape, train_shape, notes)
 
 
 def eval_transform(config: Config) -> ImageTransform:
