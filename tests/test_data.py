@@ -1,0 +1,429 @@
+"""What is read, and in which order: sources, the split, the batches of each rank."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from dist_train import data
+from dist_train.config import Config, UserError, from_mapping
+from dist_train.data import fashion_mnist as fashion
+from dist_train.data.order import DistributedSampler, EvalSampler
+from dist_train.data.sources import open_source
+from dist_train.runtime import Runtime
+from tests.conftest import CLASSES, SMALL, Finished, pictures, write_csv, write_images
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return from_mapping({"train": {"epochs": 1, "batch_size": 8}} | sections)
+
+
+def rank(number: int = 0, world_size: int = 1) -> Runtime:
+    """A rank without a process group: enough to make loaders with."""
+    return Runtime(None, torch.device("cpu"), number, number, world_size, world_size)  # type: ignore[arg-type]
+
+
+def everything(loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(loader)
+    return torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
+
+
+# --- Fashion-MNIST: where it is looked for -----------------------------------------------------------
+
+
+def write_idx(folder: Path, count: int, gzipped: bool = True) -> Path:
+    """The four files of Fashion-MNIST with so many images each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, (name, shape) in product(
+        ("train", "t10k"), (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,)))
+    ):
+        header = struct.pack(f">i{len(shape)}i", 2048 + len(shape), *shape)
+        content = header + bytes(int(np.prod(shape)))
+        path = folder / f"{part}-{name}-ubyte"
+        if gzipped:
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+        else:
+            path.write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine without Fashion-MNIST and without a network; returns the list of tried downloads."""
+    tried: list[str] = []
+
+    def download(target: Path) -> bool:
+        tried.append(str(target))
+        return False
+
+    monkeypatch.setattr(fashion, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(fashion, "_download_fashion_mnist", download)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache" / "hub"))
+    return tried
+
+
+def test_fashion_mnist_is_looked_for_in_this_order(
+    nowhere: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+
+    def found() -> int:
+        return len(fashion.fashion_mnist(str(root), train=False))
+
+    root.mkdir()
+    assert found() == 1000  # the shipped sample
+    assert nowhere == [str(root)]
+
+    def download(target: Path) -> bool:
+        write_idx(target / "FashionMNIST" / "raw", 5)
+        return True
+
+    monkeypatch.setattr(fashion, "_download_fashion_mnist", download)
+    assert found() == 5  # torchvision's download
+    write_idx(tmp_path / "cache" / "dist_train" / "FashionMNIST" / "raw", 4)
+    assert len(fashion.fashion_mnist(None)) == 4  # an earlier one
+    write_idx(tmp_path / "debian", 3)
+    assert len(fashion.fashion_mnist(None)) == 3  # Debian's package
+    write_idx(root, 2, gzipped=False)
+    assert found() == 2  # data.root, unpacked
+    write_idx(root, 1)
+    assert found() == 1  # data.root, as it is distributed
+
+
+def test_the_shipped_sample_is_used_with_one_line_that_says_so(
+    tmp_path: Path, run: Callable[..., Finished]
+) -> None:
+    hidden = (
+        "import pathlib, torch, dist_train.data.fashion_mnist as fashion;"
+        "fashion.DEBIAN = pathlib.Path('nowhere'); torch.hub.set_dir('cache/hub');"
+        "from dist_train.cli import main; main()"
+    )
+    result = run(
+        "-c", hidden, "train", *SMALL, "data.name=fashion_mnist", "data.root=null", "data.args.download=false"
+    )
+    assert result.rc == 0, result
+    told = [line for line in result.err.splitlines() if "sample" in line and "data.root" in line]
+    assert len(told) == 1, result
+    assert "6,000 training and 1,000 test images" in told[0]
+
+
+def test_the_shipped_sample_is_the_beginning_of_the_real_one(missing: Callable[[str], Any]) -> None:
+    if not fashion.DEBIAN.is_dir():
+        missing(f"the whole Fashion-MNIST is not in {fashion.DEBIAN}")
+    for train, count in ((True, 6000), (False, 1000)):
+        whole = fashion.fashion_mnist(str(fashion.DEBIAN), train)
+        sample = fashion.fashion_mnist(str(fashion.ASSETS), train)
+        assert len(sample) == count
+        assert torch.equal(whole.images[:count], sample.images)
+        assert torch.equal(whole.labels[:count], sample.labels)
+
+
+# --- the other sources -------------------------------------------------------------------------------
+
+
+def test_an_image_folder_has_a_class_per_folder(image_folder: Path) -> None:
+    train = open_source("image_folder", str(image_folder), True, {})
+    held = open_source("image_folder", str(image_folder), False, {})
+    assert (len(train), len(held), train.classes, held.classes) == (30, 12, CLASSES, CLASSES)
+    for index in range(30):
+        image, label = train[index]
+        assert (image.shape, image.dtype) == ((3, 8, 8), torch.uint8)
+        assert train.path(index).parent.name == CLASSES[label]
+
+
+def test_an_image_folder_may_be_grey_and_hold_its_classes_directly(image_folder: Path) -> None:
+    source = open_source("image_folder", str(image_folder / "val"), True, {"channels": 1})
+    assert (len(source), source[0][0].shape) == (12, (1, 8, 8))
+    assert open_source("image_folder", str(image_folder / "val"), False, {}) is None
+
+
+@pytest.mark.parametrize("header", [True, False], ids=["header", "no header"])
+@pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "names"])
+def test_a_csv_file_lists_images_with_their_labels(header: bool, numbers: bool, tmp_path: Path) -> None:
+    rows = [
+        (path.name, CLASSES.index(name) if numbers else name)
+        for path, name in write_images(tmp_path / "pictures", 6)
+    ]
+    write_csv(tmp_path / "list.csv", [("image", "label"), *rows] if header else rows)
+    args = {"annotations_file": "list.csv", "img_dir": "pictures"}
+    source = open_source("csv", str(tmp_path), True, args)
+    assert source.classes == (["0", "1", "2"] if numbers else CLASSES)
+    assert [source[index][1] for index in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert source.path(5) == tmp_path / "pictures" / "005.png"
+    assert open_source("csv", str(tmp_path), False, args) is None
+    if numbers:
+        named = open_source("csv", str(tmp_path), True, {**args, "classes": CLASSES})
+        assert named.classes == CLASSES
+
+
+def test_an_eval_csv_file_that_lacks_a_class_keeps_the_label_numbers(csv_data: Path) -> None:
+    write_csv(
+        csv_data / "few.csv", [("file", "label"), ("eval/001.png", "dark"), ("eval/002.png", "striped")]
+    )
+    args = {"annotations_file": "train.csv", "img_dir": "pictures", "eval_annotations_file": "few.csv"}
+    source = open_source("csv", str(csv_data), False, args)
+    assert source.classes == CLASSES
+    assert [source[index][1] for index in range(2)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected"),
+    [
+        ((5, 8, 8), np.uint8, (1, 8, 8)),
+        ((5, 8, 8, 3), np.uint8, (3, 8, 8)),
+        ((5, 3, 8, 8), np.uint8, (3, 8, 8)),
+        ((5, 8, 8), np.float64, (1, 8, 8)),
+        ((5, 8, 8, 1), np.float32, (1, 8, 8)),
+        ((5, 8, 8), np.int32, (1, 8, 8)),
+    ],
+)
+def test_arrays_come_in_several_layouts_and_types(
+    shape: tuple[int, ...], kind: type, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    y = np.arange(5)
+    np.savez(
+        tmp_path / "a.npz", x_train=np.ones(shape, kind), y_train=y, x_test=np.ones(shape, kind), y_test=y
+    )
+    sets = data.build(config(data={"name": "arrays", "root": str(tmp_path / "a.npz")}))
+    assert sets.sample_shape == expected
+    assert sets.classes == ["0", "1", "2", "3", "4"]
+    inputs, targets = everything(sets.train_loader(config(), rank(), 0, 1))
+    assert (inputs.dtype, inputs.shape) == (torch.float32, (5, *expected))
+    assert (targets.dtype, sorted(targets.tolist())) == (torch.int64, [0, 1, 2, 3, 4])
+
+
+def test_four_npy_files_do_as_well(tmp_path: Path) -> None:
+    names = ("images", "labels", "eval_images", "eval_labels")
+    for name, array in zip(names, (*pictures(9), *pictures(4)), strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    given = {"name": "arrays", "root": str(tmp_path), "args": {name: f"{name}.npy" for name in names}}
+    sets = data.build(config(data=given))
+    assert (len(sets.train), len(sets.eval), sets.sample_shape) == (9, 4, (1, 8, 8))
+
+
+def test_any_torchvision_class_goes_by_its_name(cli: Callable[..., Finished], tmp_path: Path) -> None:
+    arguments = ["data.args.size=40", "data.args.num_classes=4", "data.args.image_size=[3,8,8]"]
+    result = cli("train", *SMALL, "data.name=FakeData", "data.root=null", *arguments)
+    assert result.rc == 0, result
+    assert "40 training and 40 eval samples" in result.err
+    saved = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)
+    assert saved["classes"] == ["0", "1", "2", "3"]
+    assert saved["sample_shape"] == [3, 8, 8]
+
+
+def test_a_torchvision_set_in_memory_is_indexed_batch_by_batch(tmp_path: Path) -> None:
+    write_idx(tmp_path / "FashionMNIST" / "raw", 3, gzipped=False)
+    source = open_source("FashionMNIST", str(tmp_path), True, {"download": False})
+    assert isinstance(source, data.images.InMemory)
+    assert source.images.shape == (3, 1, 28, 28)
+    assert source.classes[9] == "Ankle boot"
+
+
+def test_a_torchvision_set_without_class_names_gets_numbers_or_the_names_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Nameless:
+        def __init__(self, root: str, split: str) -> None:
+            self.split, self.labels = split, np.array([0, 2, 1])
+
+        def __len__(self) -> int:
+            return 3
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Nameless)
+    assert open_source("SVHN", None, True, {}).classes == ["0", "1", "2"]
+    assert open_source("SVHN", None, True, {"classes": CLASSES}).classes == CLASSES
+    assert [open_source("SVHN", None, train, {}).split for train in (True, False)] == ["train", "test"]
+    assert open_source("SVHN", None, False, {"eval_split": "extra"}).split == "extra"
+
+
+def test_a_data_set_of_ones_own_is_named_by_module_and_object(
+    cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Noise(torch.utils.data.Dataset):\n"
+        "    classes = ['low', 'high']\n"
+        "    def __init__(self, train, count=20):\n"
+        "        self.count = count if train else 5\n"
+        "    def __len__(self):\n"
+        "        return self.count\n"
+        "    def __getitem__(self, index):\n"
+        "        return torch.rand(1, 4, 4) / 2 + index % 2 / 2, index % 2\n"
+    )
+    result = cli("train", *SMALL, "data.name=mine:Noise", "data.root=null", "data.args.count=30")
+    assert result.rc == 0, result
+    assert "30 training and 5 eval samples" in result.err
+    saved = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)
+    assert saved["classes"] == ["low", "high"]
+
+
+def test_a_share_of_the_training_set_is_held_out_by_the_seed(image_folder: Path) -> None:
+    def split(seed: int) -> tuple[list[int], list[int]]:
+        source = {"name": "image_folder", "root": str(image_folder / "train"), "eval_fraction": 0.3}
+        sets = data.build(from_mapping({"seed": seed, "train": {"epochs": 1}, "data": source}))
+        assert sets.classes == CLASSES
+        return list(sets.train.source.indices), list(sets.eval.source.indices)
+
+    train, held = split(0)
+    assert (len(held), sorted(train + held)) == (9, list(range(30)))
+    assert split(0) == (train, held)
+    assert split(1) != (train, held)
+
+
+def test_sets_with_other_class_names_are_refused(image_folder: Path) -> None:
+    train = open_source("image_folder", str(image_folder), True, {})
+    other = open_source("image_folder", str(image_folder), False, {})
+    other.classes = ["bright", "dim", "striped"]
+    with pytest.raises(UserError, match="'dim' is only in the eval set"):
+        data.build(config(), train, other)
+
+
+def test_one_hot_labels_train_to_the_same_weights_as_class_numbers(
+    cli: Callable[..., Finished], small: list[str], tmp_path: Path
+) -> None:
+    weights = []
+    for name, arguments in {"numbers": [], "vectors": ["data.target_transform=one_hot"]}.items():
+        result = cli("train", *small, f"run.name={name}", *arguments)
+        assert result.rc == 0, result
+        assert "eval/accuracy" in result.err
+        saved = torch.load(tmp_path / "runs" / name / "checkpoints/last.pt", weights_only=True)
+        weights.append(saved["model"])
+    for one, other in zip(weights[0].values(), weights[1].values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+# --- the order ---------------------------------------------------------------------------------------
+
+LENGTHS, BATCHES, WORLDS, ACCUMULATE = (1, 7, 24, 61), (6, 12), (1, 2, 3), (1, 2)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_sample_is_read_once_per_epoch_and_any_world_size_reads_the_same_batches(
+    drop_last: bool, shuffle: bool
+) -> None:
+    for length, batch, accumulate in product(LENGTHS, BATCHES, ACCUMULATE):
+        whole = DistributedSampler(length, batch, shuffle=shuffle, drop_last=drop_last, seed=3)
+        per_epoch = whole.steps_per_epoch
+        assert per_epoch == (length // batch if drop_last else -(-length // batch))
+        for world in WORLDS:
+            samplers = [
+                DistributedSampler(
+                    length, batch, shuffle=shuffle, drop_last=drop_last, seed=3, rank=number,
+                    world_size=world, accumulate=accumulate, stop=2 * per_epoch,
+                )
+                for number in range(world)
+            ]  # fmt: skip
+            parts = [list(sampler) for sampler in samplers]
+            assert (
+                [len(p) for p in parts] == [len(s) for s in samplers] == [2 * per_epoch * accumulate] * world
+            )
+            for epoch in range(2):
+                seen: list[int] = []
+                for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+                    mine = [part for rank in parts for part in rank if part.step == step]
+                    assert {(part.epoch, part.total) for part in mine} == {
+                        (epoch, len(whole.global_batch(step)))
+                    }
+                    read = [int(i) for part in mine for i in part.indices[: part.size]]
+                    assert read == whole.global_batch(step).tolist()
+                    seen += read
+                assert len(set(seen)) == len(seen) == (length // batch * batch if drop_last else length)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return DistributedSampler(50, 10, seed=seed).order(epoch).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == list(range(50))
+    different = [order(0, 0), order(0, 1), order(1, 0), list(range(50))]
+    assert all(one != other for i, one in enumerate(different) for other in different[:i])
+    # Written down, so that a run of an earlier version goes on with the same order.
+    assert DistributedSampler(8, 8, seed=0).order(0).tolist() == [3, 2, 5, 7, 1, 0, 4, 6]
+
+
+def test_a_run_goes_on_in_mid_epoch_with_the_batches_that_are_left() -> None:
+    whole = list(DistributedSampler(61, 12, accumulate=2, stop=14))
+    rest = list(DistributedSampler(61, 12, accumulate=2, start=8, stop=14))
+    assert [part.indices.tolist() for part in rest] == [part.indices.tolist() for part in whole[16:]]
+
+
+def test_a_rank_that_a_short_batch_leaves_nothing_still_has_a_sample_of_no_weight() -> None:
+    parts = [next(iter(DistributedSampler(1, 4, rank=number, world_size=2))) for number in range(2)]
+    assert [(part.size, len(part.indices), part.total) for part in parts] == [(1, 1, 1), (0, 1, 1)]
+
+
+def test_an_evaluation_reads_every_sample_once() -> None:
+    for length, batch, world in product((0, 1, 5, 37), (1, 4, 100), (1, 2, 3, 7)):
+        samplers = [EvalSampler(length, batch, number, world) for number in range(world)]
+        batches = [list(sampler) for sampler in samplers]
+        assert [len(b) for b in batches] == [len(s) for s in samplers]
+        read = [int(i) for rank in batches for part in rank for i in part.indices]
+        assert read == list(range(length))
+        assert all(len(part.indices) <= batch for rank in batches for part in rank)
+
+
+# --- fetching ----------------------------------------------------------------------------------------
+
+
+def test_workers_fetch_the_same_batches_as_the_process_itself(image_folder: Path) -> None:
+    source = {"name": "image_folder", "root": str(image_folder), "train_transform": ["RandomHorizontalFlip"]}
+    fetched = []
+    for workers in (0, 2):
+        setup = config(data=source | {"workers": workers})
+        fetched.append(everything(data.build(setup).train_loader(setup, rank(), 0, 8)))
+    for one, other in zip(*fetched, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_sets_in_memory_need_no_workers_and_files_share_the_cpus(npz: Path, image_folder: Path) -> None:
+    def workers(**source: Any) -> int:
+        setup = config(data=source)
+        return int(data.build(setup).train_loader(setup, rank(), 0, 1).num_workers)
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert workers(name="arrays", root=str(npz)) == 0
+    assert workers(name="arrays", root=str(npz), workers=1) == 1
+    assert 0 < workers(name="image_folder", root=str(image_folder)) <= cpus
+
+
+def test_a_batch_fetched_at_once_is_the_same_as_sample_by_sample(npz: Path) -> None:
+    source = {"name": "arrays", "root": str(npz), "mean": [0.3], "std": [0.2], "target_transform": "one_hot"}
+    source |= {"eval_transform": [{"Resize": {"size": [6, 6]}}], "eval_fraction": 0.2}
+    samples = data.build(config(data=source)).train
+    part = next(iter(DistributedSampler(len(samples), 8)))
+    batch = samples.batch(part)
+    for row, index in enumerate(part.indices.tolist()):
+        image, target = samples.sample(index, epoch=0)
+        assert torch.allclose(batch.inputs[row], image, atol=1e-6)
+        assert torch.equal(batch.targets[row], target)
+
+
+def test_data_is_fetched_fully_when_a_set_gives_a_pil_image_or_an_array() -> None:
+    class Mixed(torch.utils.data.Dataset[Any]):
+        classes = CLASSES
+
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            image = pictures(3)[0][index % 3]
+            return (
+                image if index % 2 else torchvision.transforms.v2.functional.to_pil_image(image)
+            ), index % 3
+
+    sets = data.build(config(data={"workers": 0}), Mixed(), Mixed())
+    inputs, _ = everything(sets.eval_loader(config(data={"workers": 0}), rank()))
+    assert (inputs.shape, inputs.dtype) == ((6, 1, 8, 8), torch.float32)
+    assert float(inputs.min()) >= 0 and float(inputs.max()) <= 1
