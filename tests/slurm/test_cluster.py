@@ -56,7 +56,7 @@ def test_no_process_is_left(tmp_path: Path) -> None:
     assert not [p for p in processes if p.is_running() and p.status() not in gone]
 
 
-def test_a_start_that_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(tmp_path, nodes=1)
     names: set[str] = set()
 
