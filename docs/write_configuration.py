@@ -1,0 +1,115 @@
+"""Writes docs/configuration.md from the code: python docs/write_configuration.py"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train import models, optim
+from dist_train.config import Config
+from dist_train.data import sources
+from dist_train.task import Classification
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+INTRODUCTION = """\
+# Configuration
+
+Written from the code by `python docs/write_configuration.py`; a test keeps it up to date.
+
+A configuration is the defaults below, then the YAML files, then the `KEY=VALUE` arguments, from left to
+right; the last one that sets a key wins. `dist-train config` prints the result without training:
+
+```bash
+dist-train config configs/quickstart.yaml optim.lr=0.1 data.train_transform=[RandomHorizontalFlip]
+```
+
+- Keys are written with dots on the command line (`optim.lr=0.1`) and as sections in YAML files.
+- `null` empties a key: `train.epochs=null train.steps=1000`.
+- `${...}` refers to another key: `eval.batch_size='${train.batch_size}'`.
+- A mistake is answered by one sentence that names the file or argument, the key, and often the right key.
+  The exit code is 2.
+- `package.module:object` is imported; the current folder is searched too.
+- An interval is `500` (optimizer steps), `2 epochs`, `10 minutes` or `never`.
+- The resolved configuration is written to `config.yaml` in the run's folder. It is a configuration like
+  any other: `dist-train train runs/quickstart/config.yaml run.name=again` repeats a run.
+"""
+
+CHANGES = """\
+
+## What may change when a run goes on
+
+A run goes on only with the configuration it was started with, except for keys that leave the meaning of
+the steps done alone: `run.*`, `device`, `threads`, `timeout_seconds`, `resume`, `compile`,
+`channels_last`, `deterministic`, `data.root`, `data.workers`, `data.prefetch`, `data.pin_memory`, `eval.*`,
+`checkpoint.*`, `log.*`, `wandb.*`, `train.accumulate`, `train.epochs` and `train.steps`. Other changes are
+refused with a sentence that lists them. The number of processes is no key and may change.
+"""
+
+
+def main() -> None:
+    """Writes the page; with --check only says whether it is up to date, by the exit code."""
+    if "--check" in sys.argv:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The whole page in Markdown."""
+    lines = [INTRODUCTION, *_section("Top level", "", Config())]
+    for item in fields(Config):
+        section = getattr(Config(), item.name)
+        if is_dataclass(section):
+            lines += _section(f"`{item.name}`", f"{item.name}.", section)
+    named: list[tuple[str, dict[str, Callable[..., Any]]]] = [
+        ("data.name` and `data.args", sources.SOURCES),
+        ("model.name` and `model.args", models.MODELS),
+        ("schedule.name` and `schedule.args", optim.SCHEDULES),
+        ("task.name` and `task.args", {"classification": Classification}),
+    ]
+    for title, functions in named:
+        lines += ["", f"## `{title}`", "", "| name | arguments | meaning |", "| --- | --- | --- |"]
+        lines += [_row(name, function) for name, function in functions.items()]
+    return "\n".join(lines) + "\n" + CHANGES
+
+
+def _section(title: str, prefix: str, section: Any) -> Iterator[str]:
+    yield from ("", f"## {title}", "", inspect.getdoc(section) or "", "")
+    yield from ("| key | default | meaning |", "| --- | --- | --- |")
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if not is_dataclass(value):
+            choices = item.metadata["choices"]
+            among = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+            yield f"| `{prefix}{item.name}` | `{_yaml(value)}` | {item.metadata['doc']}{among} |"
+
+
+def _row(name: str, function: Callable[..., Any]) -> str:
+    """A function by its own arguments; those that the program gives are left out."""
+    given = ("root", "train", "input_shape", "in_channels", "num_classes", "t")
+    arguments = [
+        f"`{p.name}`" if p.default is p.empty else f"`{p.name}: {_yaml(p.default)}`"
+        for p in inspect.signature(function).parameters.values()
+        if p.name not in given
+    ]
+    meaning = (inspect.getdoc(function) or "").split("\n\nArgs:")[0].replace("\n", " ").replace("|", "\\|")
+    return f"| `{name}` | {', '.join(arguments)} | {' '.join(meaning.split())} |"
+
+
+def _yaml(value: Any) -> str:
+    """A default as one writes it in YAML."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_yaml, value))}]"
+    return '""' if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    main()
