@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import models, optim
+from dist_train import models, optim, state
 from dist_train.config import Config
 from dist_train.data import sources
 from dist_train.task import Classification
@@ -25,7 +26,7 @@ A configuration is the defaults below, then the YAML files, then the `KEY=VALUE`
 right; the last one that sets a key wins. `dist-train config` prints the result without training:
 
 ```bash
-dist-train config configs/quickstart.yaml optim.lr=0.1 data.train_transform=[RandomHorizontalFlip]
+dist-train config configs/quickstart.yaml optim.lr=0.1 'data.train_transform=[RandomHorizontalFlip]'
 ```
 
 - Keys are written with dots on the command line (`optim.lr=0.1`) and as sections in YAML files.
@@ -37,17 +38,41 @@ dist-train config configs/quickstart.yaml optim.lr=0.1 data.train_transform=[Ran
 - An interval is `500` (optimizer steps), `2 epochs`, `10 minutes` or `never`.
 - The resolved configuration is written to `config.yaml` in the run's folder. It is a configuration like
   any other: `dist-train train runs/quickstart/config.yaml run.name=again` repeats a run.
-"""
 
-CHANGES = """\
+<!-- exit code: 2 -->
+```bash
+dist-train config configs/quickstart.yaml optim.lrate=0.1
+```
+
+<!-- printed -->
+```text
+dist-train: argument 'optim.lrate=0.1': there is no key 'optim.lrate' (did you mean 'optim.lr'?).
+```"""
+
+OBJECTS = """
+## Objects of your own
+
+Wherever a name is accepted, `package.module:object` is too: a class or function that is called with the
+arguments of `args`, and with those of the following that its signature takes.
+
+- `data.name`: `root`, `train` (true or false), `split` (`train` or `test`). It returns a map-style data set
+  of (image, label) whose `classes` are the names of the classes, or `None` where there is no eval set.
+- `model.name`: `input_shape`, `in_channels`, `num_classes`. It returns a module.
+- `task.name`: it returns an object with `best`, `loss` and `metrics`, as in
+  [examples/regression.py](../examples/regression.py).
+- `optim.name`: the weights, `lr`. It returns an optimizer.
+- `data.train_transform`, `data.eval_transform`: a class is made with the arguments written beside its name;
+  a function is the transform itself.
+- `data.target_transform`: a function of the label.
 
 ## What may change when a run goes on
 
-A run goes on only with the configuration it was started with, except for keys that leave the meaning of
-the steps done alone: `run.*`, `device`, `threads`, `timeout_seconds`, `resume`, `compile`,
-`channels_last`, `deterministic`, `data.root`, `data.workers`, `data.prefetch`, `data.pin_memory`, `eval.*`,
-`checkpoint.*`, `log.*`, `wandb.*`, `train.accumulate`, `train.epochs` and `train.steps`. Other changes are
-refused with a sentence that lists them. The number of processes is no key and may change.
+A run goes on only with the configuration it was started with, except for keys that leave the meaning of the
+steps done alone:
+
+{harmless}.
+
+Other changes are refused with a sentence that lists them. The number of processes is no key, and may change.
 """
 
 
@@ -74,7 +99,9 @@ def page() -> str:
     for title, functions in named:
         lines += ["", f"## `{title}`", "", "| name | arguments | meaning |", "| --- | --- | --- |"]
         lines += [_row(name, function) for name, function in functions.items()]
-    return "\n".join(lines) + "\n" + CHANGES
+    harmless = [f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in state.HARMLESS]
+    shown = ", ".join([*harmless, "`train.epochs`", "`train.steps`"])
+    return "\n".join(lines) + "\n" + OBJECTS.format(harmless=textwrap.fill(shown, 110))
 
 
 def _section(title: str, prefix: str, section: Any) -> Iterator[str]:

@@ -1,0 +1,286 @@
+"""The documentation is true: every command and Python block in it runs as printed, no link is dead.
+
+The blocks of a page run in their order, in a copy of the tree in which Fashion-MNIST is the shipped sample
+and recipes are one epoch long. Python blocks of a page share one session. What a page says to the test:
+
+- A block whose first line is a comment with a file's name, as `# my_model.py`, is written to that file.
+- `<!-- needs: ... -->` before a block that can't run here: its syntax, files and keys are checked.
+- `<!-- exit code: 2 -->` before a block that ends with an error.
+- `<!-- printed -->` before a block of text: it is what the block above printed.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from dist_train.config import Config, load
+from dist_train.config.schema import all_keys
+from tests.conftest import REPO, Finished, environment
+
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+LINKING = [*PAGES, *(p for p in REPO.glob("*.md") if p not in PAGES), *REPO.glob("[b-s]*/README.md")]
+LANGUAGES = {"bash", "python", "yaml", "text", "mermaid"}
+NEEDS = {"gpus", "mac", "nodes", "slurm", "account"}
+SECONDS = 240  # that one block may take
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    note: str  # the HTML comment before it
+    code: str
+
+    @property
+    def file(self) -> str:
+        """The file that it is, or an empty text."""
+        match = re.match(r"# ([\w/.-]+\.(py|ya?ml))\n", self.code)
+        return match[1] if match else ""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page."""
+    name = str(page.relative_to(REPO))
+    fence: tuple[int, str, str] | None = None
+    note, code = "", []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            if fence:
+                yield Block(name, *fence, "\n".join(code) + "\n")
+                fence, note, code = None, "", []
+            else:
+                fence = (number, line[3:].strip(), note)
+        elif fence:
+            code.append(line)
+        elif comment := re.fullmatch(r"<!-- (.+) -->", line):
+            note = comment[1]
+        elif line.strip():
+            note = ""
+    assert fence is None, f"{name}: a block is not closed"
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository with a small Fashion-MNIST, short recipes, and an installed .venv."""
+    top = tmp_path / "dist_train"
+    left = {".git", ".venv", "runs", "data", "wandb", "build", "dist"}
+    for item in REPO.iterdir():
+        if item.name in left or item.name.endswith("_cache"):
+            continue
+        if item.is_dir():
+            shutil.copytree(item, top / item.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            top.mkdir(exist_ok=True)
+            shutil.copy2(item, top)
+    source = top / "dist_train/data/fashion_mnist.py"
+    text = source.read_text()
+    assert text.count('DEBIAN = Path("/usr/share/datasets/fashion-mnist")') == 1
+    source.write_text(text.replace('Path("/usr/share/datasets/fashion-mnist")', "ASSETS"))
+    for recipe in (top / "configs").rglob("*.yaml"):
+        recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
+    programs = top / ".venv/bin"
+    programs.mkdir(parents=True)
+    python = shlex.quote(sys.executable)
+    commands = {"python": "", "dist-train": "-m dist_train"}
+    for name, module in commands.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {python} {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
+    for stamp in ("installed", "installed-dev"):  # younger than pyproject.toml: make has nothing to install
+        (top / ".venv" / stamp).touch()
+    return top
+
+
+def variables(tree: Path) -> dict[str, str]:
+    """The environment of the blocks: as if a person had activated the .venv."""
+    places = [tree / ".venv/bin", Path(sys.executable).parent]
+    extra = {"WANDB_MODE": "disabled", "PYTHONPATH": tree, "MPLBACKEND": "Agg", "HOME": tree.parent}
+    ours = environment(**extra)
+    return ours | {"PATH": ":".join([*map(str, places), ours.get("PATH", "")])}
+
+
+class Session:
+    """A Python session that runs blocks one after the other, as a reader does who types them in."""
+
+    CODE = """
+import contextlib, io, json, sys, traceback
+space = {"__name__": "__main__"}
+for line in sys.stdin:
+    printed, failed = io.StringIO(), False
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            exec(compile(json.loads(line), "<block>", "exec"), space)
+        except BaseException:
+            failed = True
+            traceback.print_exc()
+    print(json.dumps([failed, printed.getvalue()]), flush=True)
+"""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = tree
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, code: str) -> tuple[int, str]:
+        """The exit code that the block would have as a program, and what it printed."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", self.CODE], cwd=self.tree, env=variables(self.tree), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        timer = threading.Timer(SECONDS, self.process.kill)
+        timer.start()
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        timer.cancel()
+        assert answer, f"the block ended the session, or took more than {SECONDS} s"
+        failed, printed = json.loads(answer)
+        return int(failed), printed
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+
+
+@pytest.fixture
+def session(tree: Path) -> Iterator[Session]:
+    """The Python session of a page."""
+    python = Session(tree)
+    yield python
+    python.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs_as_printed(
+    page: Path,
+    tree: Path,
+    session: Session,
+    run: Callable[..., Finished],
+    missing: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = ""
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{block}: no block of a kind that is known to this test"
+        expected = int(block.note.removeprefix("exit code: ")) if "exit code" in block.note else 0
+        if block.language == "text":
+            if block.note == "printed":
+                assert trimmed(printed) == trimmed(block.code), f"{block}: prints\n{printed}"
+        elif block.file:
+            (tree / block.file).write_text(block.code)
+        elif block.language == "yaml":
+            (tree / "block.yaml").write_text(block.code)
+            load([tree / "block.yaml"], [] if "epochs" in block.code else ["train.epochs=1"])
+        elif block.note.startswith("needs: "):
+            monkeypatch.chdir(tree)
+            check_unrun(block)
+        elif block.language == "bash":
+            if "make " in block.code and not shutil.which("make"):
+                missing("make is not here")
+            # `make test` would run this test again: make only says what it would do.
+            code = "exec 2>&1\n" + re.sub(r"^make test", "make -n test", block.code, flags=re.M)
+            options = {"cwd": tree, "env": variables(tree), "timeout": SECONDS}
+            finished = run("bash", "-euo", "pipefail", "-c", code, **options)
+            printed = finished.out
+            assert finished.rc == expected, f"{block}:\n{block.code}\n{finished}"
+        elif block.language == "python":
+            code, printed = session.run(block.code)
+            assert code == expected, f"{block}:\n{block.code}\n{printed}"
+
+
+def check_unrun(block: Block) -> None:
+    """What can be told of a block without running it; the current folder is the tree."""
+    needs = {need.strip() for need in block.note.removeprefix("needs: ").split(",")}
+    assert needs <= NEEDS, f"{block}: needs {needs - NEEDS}?"
+    if block.language == "python":
+        ast.parse(block.code)
+        return
+    checked = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
+    assert checked.returncode == 0, f"{block}: {checked.stderr}"
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for word in words:
+            if re.match(r"(launch|configs|slurm|examples|docs)/", word):
+                assert Path(word).exists(), f"{block}: there is no {word}"
+        if "train" in words and {"dist-train", "dist_train"} & set(words):
+            arguments = words[words.index("train") + 1 :]
+            load([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
+
+
+def trimmed(text: str) -> list[str]:
+    """The lines of a text without what can't be seen."""
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(REPO)))
+def test_no_link_is_dead(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if re.match(r"(https?|mailto):", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name}: {target} leads nowhere"
+        assert found.is_relative_to(REPO), f"{page.name}: {target} leads out of the repository"
+        if anchor and found.suffix == ".md":
+            assert anchor in anchors(found), f"{page.name}: {target}: no such heading"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a code host gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_file_and_test_that_a_page_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    keys = set(all_keys())
+    free = ("data.args.", "model.args.", "task.args.", "optim.args.", "schedule.args.")
+    sections = "|".join(item.name for item in fields(Config) if is_dataclass(getattr(Config(), item.name)))
+    for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)[`=]", text):
+        known = key in keys or key.startswith(free)
+        assert known or key.endswith((".py", ".yaml", ".")), f"{page.name}: there is no key {key}"
+    tests = "\n".join(file.read_text() for file in (REPO / "tests").rglob("*.py"))
+    for name in re.findall(r"\btest_\w+\b(?!\.py)", text):
+        assert f"def {name}(" in tests, f"{page.name}: there is no test {name}"
+    for path in re.findall(r"`((?:dist_train|launch|configs|examples|tests|docs)/[\w/.-]+)`", text):
+        assert (REPO / path).exists(), f"{page.name}: there is no {path}"
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    script = REPO / "docs/write_configuration.py"
+    spec = importlib.util.spec_from_file_location("write_configuration", script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (REPO / "docs/configuration.md").read_text(encoding="utf-8")
+    assert written == module.page(), "run: python docs/write_configuration.py"
