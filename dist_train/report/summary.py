@@ -11,16 +11,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_train import data, models
-from dist_train.config import Config
+from dist_train.config import Config, UserError
 
 
 def summarize(config: Config) -> None:
     """Prints a table of the model's layers for one sample, and the totals."""
     sets = data.build(config)
+    args = {name: value for name, value in config.model.args.items() if name != "weights"}
+    wanted = (config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
     # Weights without memory: a model of any size is summed up at once.
     with torch.device("meta"):
-        args = {name: value for name, value in config.model.args.items() if name != "weights"}
-        model = models.build(config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
+        try:
+            model = models.build(*wanted)
+        except (UserError, RuntimeError):  # RegNets compute their widths; a mistake comes up again
+            with torch.device("cpu"):
+                model = models.build(*wanted).to("meta")
         rows, multiply_adds = layers(model, sets.sample_shape)
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "type", "output", "parameters"):
