@@ -134,6 +134,21 @@ def cli(run: Callable[..., Finished]) -> Callable[..., Finished]:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """here("train.steps=3", ..., **objects) -> Result: `fit` in this process: no start of torch."""
+    import torch
+
+    from dist_train import fit, load
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    precision = torch.get_float32_matmul_precision()
+    yield lambda *arguments, **objects: fit(load([], arguments), **objects)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def ranks(start: Callable[..., Any]) -> Callable[..., list[Finished]]:
     """ranks(2, "train", ...) -> [Finished of rank 0, of rank 1]: started without any launcher."""
 

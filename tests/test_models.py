@@ -1,0 +1,191 @@
+"""Models by name, fitted to the images and the classes of the data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.regnet import BlockParams
+
+from dist_train import models
+from dist_train.config import UserError
+from tests.conftest import SMALL, Finished
+
+CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
+
+
+def size_for(name: str) -> int:
+    """The side of the images: some classifiers don't take small ones."""
+    return 299 if name.startswith("inception") else 224
+
+
+@pytest.fixture
+def regnets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RegNets compute their widths with tensors; these must have values, on the meta device too."""
+    original = BlockParams.from_init_params
+
+    def with_values(**arguments: Any) -> BlockParams:
+        with torch.device("cpu"):
+            return original(**arguments)
+
+    monkeypatch.setattr(BlockParams, "from_init_params", with_values)
+
+
+@pytest.mark.usefixtures("regnets")
+@pytest.mark.parametrize(("channels", "names"), [(1, CLASSIFIERS), (3, CLASSIFIERS[::5])], ids=["1", "3"])
+def test_every_classifier_of_torchvision_takes_our_channels_and_gives_our_classes(
+    channels: int, names: list[str]
+) -> None:
+    assert len(CLASSIFIERS) > 75
+    for name in names:
+        size = size_for(name)
+        with torch.device("meta"), torch.no_grad():
+            model = models.build(name, {}, (channels, size, size), 7).eval()
+            output = model(torch.zeros(1, channels, size, size))
+        assert output.shape == (1, 7), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_0", "googlenet", "vit_b_16"])
+def test_classifiers_of_torchvision_learn_on_grey_images_of_their_own_size(name: str) -> None:
+    size = 32 if name.startswith("vit") else 64
+    torch.manual_seed(0)
+    model = models.build(name, {}, (1, size, size), 4)
+    images = torch.rand(4, 1, size, size)
+    loss = nn.functional.cross_entropy(model(images), torch.arange(4))
+    loss.backward()
+    missing = [key for key, weight in model.named_parameters() if weight.grad is None]
+    assert not missing
+    assert torch.isfinite(loss)
+
+
+def test_the_first_convolution_answers_a_grey_image_as_it_answered_three_equal_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    image = torch.rand(2, 1, 8, 8)
+    before = model(image.expand(2, 3, 8, 8))
+    models.replace_first(model, 1)
+    assert model[0].in_channels == 1
+    assert torch.allclose(model(image), before, atol=1e-5)
+
+
+def test_the_last_layer_is_made_anew_for_pretrained_weights() -> None:
+    model = torchvision.models.mobilenet_v3_small()
+    models.replace_last(model, 5)
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+
+
+def test_the_mlp_is_the_one_of_the_tutorial() -> None:
+    layers = [str(layer) for layer in models.build("mlp", {}, (1, 28, 28), 10)]
+    assert layers == [
+        "Flatten(start_dim=1, end_dim=-1)",
+        "Linear(in_features=784, out_features=512, bias=True)",
+        "ReLU()",
+        "Linear(in_features=512, out_features=512, bias=True)",
+        "ReLU()",
+        "Linear(in_features=512, out_features=10, bias=True)",
+    ]
+    assert "Dropout(p=0.5, inplace=False)" in map(str, models.build("mlp", {"dropout": 0.5}, (1, 4, 4), 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (4, 9, 17)])
+def test_our_models_take_images_of_any_shape(shape: tuple[int, int, int]) -> None:
+    for name in models.MODELS:
+        model = models.build(name, {}, shape, 6)
+        assert model(torch.zeros(2, *shape)).shape == (2, 6), name
+
+
+def test_a_model_of_ones_own_gets_what_its_signature_asks_for(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def net(num_classes, in_channels, width=3):\n"
+        "    return torch.nn.Sequential(torch.nn.Conv2d(in_channels, width, 3), torch.nn.Flatten(),\n"
+        "                               torch.nn.Linear(width * 36, num_classes))\n"
+    )
+    named = ["model.name=mine:net", "model.args.width=5", "train.steps=4"]
+    result = cli("train", *SMALL, *named)
+    assert result.rc == 0, result
+    weights = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)["model"]
+    assert weights["0.weight"].shape == (5, 1, 3, 3)
+    assert weights["2.weight"].shape == (3, 180)
+    evaluated = cli("eval", "runs/run")
+    assert evaluated.rc == 0, evaluated
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("MLP", {}, "'mlp'?"),
+        ("resnet_18", {}, "'resnet18'?"),
+        ("cnn", {"width": [8]}, "model.args.width: cnn has no such argument (did you mean 'widths'?)"),
+        ("resnet18", {"zero_init_residul": True}, "zero_init_residul"),
+        ("timm/resnet18x", {}, "timm"),
+    ],
+)
+def test_what_cannot_be_built_is_told(name: str, args: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        models.build(name, args, (1, 64, 64), 3)
+    assert told in str(caught.value)
+
+
+def test_images_too_small_for_a_model_are_told_with_their_shape() -> None:
+    model = models.build("cnn", {"widths": [4, 4, 4, 4]}, (1, 8, 8), 3)
+    with pytest.raises(UserError, match=r"'cnn' can't take images of shape \[1, 8, 8\]"):
+        models.probe(model, (1, 8, 8), "cnn")
+    assert model.training  # left as it was
+
+
+# --- the summary -------------------------------------------------------------------------------------
+
+
+def summary(result: Finished) -> tuple[list[list[str]], dict[str, str]]:
+    """The rows of the table of layers, and the totals below."""
+    assert result.rc == 0, result
+    table, totals = result.out.split("\n\n")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()]
+    return rows, dict(re.split(r"\s{2,}", line, maxsplit=1) for line in totals.splitlines())  # type: ignore[misc]
+
+
+def test_the_summary_counts_parameters_and_multiply_adds(
+    cli: Callable[..., Finished], small: list[str]
+) -> None:
+    rows, totals = summary(cli("summary", *small, "model.args.hidden=[16]"))
+    assert rows == [
+        ["layer", "type", "output", "parameters"],
+        ["0", "Flatten", "64", "0"],
+        ["1", "Linear", "16", "1,040"],
+        ["2", "ReLU", "16", "0"],
+        ["3", "Linear", "3", "51"],
+    ]
+    assert totals["input"] == "1 x 8 x 8"
+    assert totals["parameters"].startswith("1,091 (1,091 trainable")
+    assert totals["multiply-adds"] == f"{64 * 16 + 16 * 3:,} per sample"
+
+
+def test_the_summary_knows_models_that_compute_their_sizes(cli: Callable[..., Finished]) -> None:
+    fake = ["data.name=FakeData", "data.root=null", "data.args.image_size=[1,32,32]"]
+    _, totals = summary(cli("summary", *SMALL, *fake, "model.name=regnet_y_400mf"))
+    expected = torchvision.models.RegNet_Y_400MF_Weights.IMAGENET1K_V1.value.meta["num_params"]
+    expected -= 990 * 441 + 2 * 9 * 32  # 10 classes and 1 channel
+    assert totals["parameters"].startswith(f"{expected:,} ")
+
+
+def test_the_summary_of_a_large_model_takes_no_memory(
+    cli: Callable[..., Finished], image_folder: Path
+) -> None:
+    source = [f"data.root={image_folder}", "data.name=image_folder"]
+    sizes = ["data.eval_transform=[{Resize: {size: [224, 224]}}]"]
+    rows, totals = summary(cli("summary", *SMALL, *source, *sizes, "model.name=resnet50"))
+    expected = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.value.meta
+    removed = 997 * 2049  # the outputs that 3 classes don't have
+    assert totals["parameters"].startswith(f"{expected['num_params'] - removed:,} ")
+    adds = float(totals["multiply-adds"].split()[0].replace(",", ""))
+    assert adds / 1e9 == pytest.approx(expected["_ops"], rel=1e-2)
+    assert rows[1][:3] == ["conv1", "Conv2d", "64 x 112 x 112"]
+    assert rows[-1] == ["fc", "Linear", "3", f"{2048 * 3 + 3:,}"]

@@ -1,0 +1,234 @@
+"""How weights follow gradients: optimizers by name, the learning rate, clipping, the moving average."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dist_train import optim
+from dist_train.config import UserError, from_mapping
+from dist_train.tracking import read_metrics
+from tests.conftest import SMALL, Finished
+
+
+def rates(total: int, per_epoch: int = 10, lr: float = 1.0, **schedule: Any) -> list[float]:
+    config = from_mapping({"optim": {"lr": lr}, "schedule": schedule, "train": {"steps": total}})
+    function = optim.schedule(config, total, per_epoch)
+    return [function(step) for step in range(total)]
+
+
+def optimizers() -> list[str]:
+    """The classes of torch.optim that are optimizers."""
+    return [
+        name
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name != "Optimizer"
+    ]
+
+
+# --- the learning rate -------------------------------------------------------------------------------
+
+
+def test_a_constant_rate_is_the_peak_at_every_step() -> None:
+    assert rates(5, lr=0.3) == [0.3] * 5
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_a_falling_rate_starts_at_the_peak_and_ends_at_its_final_share(name: str) -> None:
+    for final in (0.0, 0.1):
+        values = rates(11, lr=2.0, name=name, args={"final": final})
+        assert values[0] == 2.0
+        assert values[-1] == pytest.approx(2.0 * final, abs=1e-12)
+        assert values[5] == pytest.approx(2.0 * (1 + final) / 2)
+        assert values == sorted(values, reverse=True)
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_its_end() -> None:
+    values = rates(101, name="one_cycle")
+    assert values[0] == pytest.approx(0.04)
+    assert values[30] == pytest.approx(1.0)
+    assert values[-1] == pytest.approx(0.0, abs=1e-12)
+    assert values[:31] == sorted(values[:31])
+    assert values[30:] == sorted(values[30:], reverse=True)
+    other = rates(101, name="one_cycle", args={"rise": 0.5, "start": 0.2, "final": 0.1})
+    assert [other[0], other[50], other[100]] == pytest.approx([0.2, 1.0, 0.1])
+
+
+def test_steps_fall_at_their_milestones() -> None:
+    assert rates(5, name="step") == pytest.approx([1, 1, 0.1, 0.01, 0.01])
+    assert rates(5, name="step", args={"milestones": [0.75], "gamma": 0.5}) == [1, 1, 1, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(4, 4), ("2 epochs", 20), ("1 epoch", 10)])
+def test_a_warm_up_rises_in_a_line_and_the_schedule_begins_after_it(warmup: Any, steps: int) -> None:
+    values = rates(steps + 11, lr=0.5, name="linear", warmup=warmup)
+    assert values[:steps] == pytest.approx([0.5 * (k + 1) / steps for k in range(steps)])
+    assert values[steps] == 0.5
+    assert values[-1] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_run_of_one_step_has_a_rate() -> None:
+    for name in optim.SCHEDULES:
+        assert math.isfinite(*rates(1, name=name))
+
+
+def test_the_rate_in_the_record_is_the_one_that_was_used(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    here(*small, "schedule.name=cosine", "schedule.warmup=3", "log.every=1")
+    logged = [row["lr"] for row in read_metrics(tmp_path / "runs" / "run") if "lr" in row]
+    assert logged == pytest.approx(rates(12, lr=0.1, name="cosine", warmup=3))
+
+
+# --- optimizers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_every_optimizer_of_torch_takes_a_step_or_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    matrices = name == "Muon"  # it takes nothing else
+    model = nn.Sequential(nn.Linear(6, 5, bias=not matrices), nn.Tanh(), nn.Linear(5, 3, bias=not matrices))
+    config = from_mapping({"optim": {"name": name, "lr": 0.01}, "train": {"steps": 1}})
+    if name in ("LBFGS", "SparseAdam"):  # needs closures; needs sparse gradients
+        with pytest.raises(UserError, match=f"optim.name: .*'{name}'"):
+            optim.build(config, model)
+        return
+    optimizer = optim.build(config, model)
+    optim.set_lr(optimizer, 0.02)
+    inputs, targets = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    before = [weight.detach().clone() for weight in model.parameters()]
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True))
+
+
+def test_arguments_reach_the_optimizer() -> None:
+    args = {"betas": [0.8, 0.9], "weight_decay": 0.3}
+    config = from_mapping({"optim": {"name": "AdamW", "args": args}, "train": {"steps": 1}})
+    (group,) = optim.build(config, nn.Linear(2, 2)).param_groups
+    assert (tuple(group["betas"]), group["weight_decay"], group["lr"]) == ((0.8, 0.9), 0.3, 1e-3)
+
+
+def test_frozen_weights_are_left_alone_and_a_model_without_weights_is_refused() -> None:
+    config = from_mapping({"train": {"steps": 1}})
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    (group,) = optim.build(config, model).param_groups
+    assert [id(weight) for weight in group["params"]] == [id(weight) for weight in model[1].parameters()]
+    with pytest.raises(UserError, match="no weights to train"):
+        optim.build(config, nn.Flatten())
+
+
+def test_an_optimizer_of_ones_own_goes_by_module_and_object(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "class Sign(torch.optim.SGD):\n"
+        "    def step(self, closure=None):\n"
+        "        for group in self.param_groups:\n"
+        "            for weight in group['params']:\n"
+        "                weight.grad.sign_()\n"
+        "        super().step()\n"
+    )
+    result = cli("train", *SMALL, "optim.name=mine:Sign", "optim.lr=0.001", "train.steps=30")
+    assert result.rc == 0, result
+    rows = read_metrics(tmp_path / "runs" / "run")
+    assert rows[-1]["eval/accuracy"] > 0.9
+
+
+# --- clipping, the moving average, precision ---------------------------------------------------------
+
+
+def weights(tmp_path: Path, name: str) -> dict[str, Any]:
+    saved = torch.load(tmp_path / "runs" / name / "checkpoints" / "last.pt", weights_only=True)
+    return {part: saved[part] for part in ("model", "average", "metrics")}
+
+
+def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.double().flatten() for _, value in sorted(state.items())])
+
+
+def test_clipping_bounds_the_length_of_a_step(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    """Plain SGD with rate 1 moves by the gradient: its length is the clipped norm, or the free one."""
+    moved = {}
+    for name, arguments in {"start": ["optim.lr=0"], "free": [], "clipped": ["train.clip_norm=0.01"]}.items():
+        here(*small, f"run.name={name}", "train.steps=1", "optim.lr=1", *arguments)
+        moved[name] = flat(weights(tmp_path, name)["model"])
+    free, clipped = moved["free"] - moved["start"], moved["clipped"] - moved["start"]
+    assert free.norm() > 0.1
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert torch.dot(free, clipped) / free.norm() / clipped.norm() > 0.999
+
+
+def test_the_moving_average_follows_its_formula_and_is_what_is_evaluated(
+    here: Callable[..., Any], cli: Callable[..., Finished], small: list[str], tmp_path: Path
+) -> None:
+    decay, steps = 0.7, 5
+    here(*small, f"train.ema={decay}", f"train.steps={steps}", "checkpoint.every=1", "checkpoint.keep=9")
+    folder = tmp_path / "runs/run/checkpoints"
+    states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("step-*.pt"))]
+    assert [state["step"] for state in states] == [1, 2, 3, 4, 5]
+    average = flat(states[0]["average"])
+    for step, state in enumerate(states[1:], start=1):
+        used = min(decay, (1 + step) / (10 + step))
+        average = used * average + (1 - used) * flat(state["model"])
+        assert torch.allclose(flat(state["average"]), average, atol=1e-6)
+    exported = load_file(tmp_path / "runs/run/model.safetensors")
+    assert torch.equal(flat(exported), flat(states[-1]["average"]))
+    assert not torch.equal(flat(exported), flat(states[-1]["model"]))
+    evaluated = cli("eval", folder / "last.pt")
+    assert f"eval/loss {states[-1]['metrics']['eval/loss']:.6g}" in evaluated.out, evaluated
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["precision=bf16"], ["precision=tf32"], ["channels_last=true"], ["deterministic=true"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_cnn_trains_close_to_plain_fp32(
+    arguments: list[str], here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    cnn = ["model.name=cnn", "model.args.widths=[8,16]", "optim.lr=0.02"]
+    losses = []
+    for name, extra in (("plain", []), ("other", arguments)):
+        here(*small, *cnn, f"run.name={name}", *extra)
+        losses.append(weights(tmp_path, name)["metrics"]["eval/loss"])
+        assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path, name)["model"].values())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    if arguments == ["precision=bf16"]:
+        assert losses[0] != losses[1]  # it did calculate in other numbers
+
+
+def test_a_compiled_model_trains_to_the_same_and_its_checkpoint_is_plain(
+    here: Callable[..., Any],
+    cli: Callable[..., Finished],
+    small: list[str],
+    tmp_path: Path,
+    missing: Callable[[str], Any],
+) -> None:
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        missing("torch.compile needs a C++ compiler")
+    for name, extra in (("plain", []), ("compiled", ["compile=true", "train.ema=0.5"])):
+        here(*small, f"run.name={name}", *extra)
+    plain, compiled = weights(tmp_path, "plain"), weights(tmp_path, "compiled")
+    assert plain["model"].keys() == compiled["model"].keys() == compiled["average"].keys()
+    assert torch.allclose(flat(plain["model"]), flat(compiled["model"]), atol=1e-5)
+    evaluated = cli("eval", "runs/compiled", "compile=false")
+    assert evaluated.rc == 0, evaluated
