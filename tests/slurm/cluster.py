@@ -51,10 +51,16 @@ class Cluster(Commands):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def kill_node(self, node: str) -> None:
-        """SIGKILL for a node's slurmd. The node is down some 30 s later; its ranks live on."""
+    def kill_node(self, node: str, jobs: bool = False) -> None:
+        """SIGKILL for a node's slurmd; Slurm notices some 20 s later, and requeues the node's jobs.
+
+        What ran on the node lives on, unless `jobs`, which is what a power failure does.
+        """
         self._daemons[node].kill()
         self._daemons.pop(node).wait()
+        for process in self._steps(node) if jobs else []:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def start_node(self, node: str) -> None:
         """Starts a node's slurmd."""
@@ -73,35 +79,34 @@ class Cluster(Commands):
 
     def processes(self) -> list[psutil.Process]:
         """All processes of this cluster and of its jobs."""
-        # slurmstepd overwrites its environment, but listens in the spool folder.
-        sockets = psutil.net_connections("unix")
-        steps = {s.pid for s in sockets if str(s.laddr).startswith(f"{self.folder}/")}
-        found = set()
+        found = set().union(*map(self._steps, self.nodes))
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid in steps:
-                    found |= {process, *process.children(recursive=True)}
-                elif process.environ().get("SLURM_CONF") == self.variables["SLURM_CONF"]:
+                if process.environ().get("SLURM_CONF") == self.variables["SLURM_CONF"]:
                     found.add(process)
         return [process for process in found if process.is_running()]
 
+    def _steps(self, node: str) -> set[psutil.Process]:
+        """The slurmstepds of a node, known by sockets in its spool folder, and their children."""
+        spool = f"{self.folder}/spool-{node}/"
+        sockets = psutil.net_connections("unix")
+        found = set()
+        for pid in {entry.pid for entry in sockets if str(entry.laddr).startswith(spool)}:
+            with contextlib.suppress(psutil.Error):
+                step = psutil.Process(pid)
+                found |= {step, *step.children(recursive=True)}
+        return found
+
     def stop(self) -> None:
-        """Ends all jobs and daemons; waits until they are gone."""
-        if "slurmctld" in self._daemons:
-            with contextlib.suppress(subprocess.SubprocessError):
-                self.run(["scancel", "--full", "--user=root", "--signal=KILL"], timeout=20)
-        for daemon in self._daemons.values():
-            daemon.terminate()
-        for daemon in self._daemons.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(10)
-        deadline = time.monotonic() + 20
+        """Kills all jobs and daemons; waits until they are gone."""
+        deadline = time.monotonic() + 30
         while (left := self.processes()) and time.monotonic() < deadline:
-            for process in left:  # jobs that outlived their slurmd, and daemons that hang
+            for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(left, timeout=1)
+            psutil.wait_procs(left, timeout=0.5)
         for daemon in self._daemons.values():
+            daemon.kill()
             daemon.wait(5)
 
     def _start(self) -> None:
