@@ -314,3 +314,25 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
         str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
     }
+
+
+@pytest.fixture
+def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """The function `listing`."""
+    return listing
+
+
+# --- SLURM ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A throwaway real Slurm of two nodes on this machine, for the whole session."""
+    from tests.slurm import cluster  # which imports this file
+
+    lacking = cluster.missing() or ([] if os.geteuid() == 0 else ["the rights of root"])
+    if lacking:
+        what = f"a throwaway Slurm needs {', '.join(lacking)} (Debian: slurm-wlm, munge)"
+        pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
