@@ -75,14 +75,28 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _read_override(argument: str) -> DictConfig:
-    key, equals, _ = argument.partition("=")
+    key, equals, text = argument.partition("=")
     if not equals or not key.strip():
         raise UserError(f"argument '{argument}': write it as key=value, as in optim.lr=0.1.")
     try:
+        if _is_text(key) and text not in ("", "~", "null") and text[0] not in "'\"":
+            update = OmegaConf.create()
+            OmegaConf.update(update, key, text)  # as it is: run.name=001 is no number
+            return update
         return OmegaConf.from_dotlist([argument])
     except Exception as error:
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"argument '{argument}': the value can't be read: {reason}.") from None
+
+
+def _is_text(key: str) -> bool:
+    """Whether the value of a full key is text and nothing else."""
+    *sections, name = key.split(".")
+    schema: Any = Config
+    for section in sections:
+        schema = get_type_hints(schema).get(section) if is_dataclass(schema) else None
+    hint = get_type_hints(schema).get(name) if is_dataclass(schema) else None
+    return hint in (str, str | None)
 
 
 def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]) -> DictConfig:
