@@ -12,6 +12,8 @@ import pytest
 from dist_train.data.fashion_mnist import DEBIAN
 from tests.conftest import REPO, Finished
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def train_recipe(
