@@ -147,6 +147,7 @@ class Mirror:
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._say("W&B: did not finish in time; metrics.jsonl holds every row.")
+            self._say = lambda text: None  # log.txt is about to be closed
 
     def _run(self) -> None:
         try:
