@@ -39,23 +39,34 @@ def cnn(
     widths: Sequence[int] = (32, 64, 128),
     dropout: float = 0.0,
 ) -> nn.Module:
-    """A small, fast convolutional network: 3 x 3 convolutions with BatchNorm, each stage at half the size.
+    """A small, fast network: each stage halves the image, all but the first end with a residual convolution.
 
-    `[B, C, H, W]`, H and W at least 2 ** len(widths) -> `[B, K]`.
+    `[B, C, H, W]`, H and W at least 2 ** len(widths) -> `[B, K]`. Shortcuts: He et al., 2016.
     """
     layers: list[nn.Module] = []
     before = in_channels
-    for width in widths:
-        layers += [
-            nn.Conv2d(before, width, 3, padding=1, bias=False),
-            nn.MaxPool2d(2),  # before BatchNorm and ReLU: a quarter of their work, the same maxima
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-        ]
+    for stage, width in enumerate(widths):
+        # Pooling before BatchNorm and ReLU: a quarter of their work, the same maxima.
+        layers += [_convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        if stage:  # in the first one images are large and convolutions dear
+            layers.append(Residual(_convolution(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
         before = width
     # Not one mean per channel but nine: where something is tells a sleeve from a collar.
     layers += [nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(9 * before, num_classes))
+
+
+class Residual(nn.Sequential):
+    """Layers whose output is added to their input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` -> the same shape."""
+        output: torch.Tensor = inputs + super().forward(inputs)
+        return output
+
+
+def _convolution(before: int, after: int) -> nn.Conv2d:
+    return nn.Conv2d(before, after, 3, padding=1, bias=False)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}

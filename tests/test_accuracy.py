@@ -43,5 +43,5 @@ def test_the_quickstart_ends_where_the_tutorial_does(train_recipe: Callable[...,
     assert end["eval/loss"] == pytest.approx(1.07, abs=0.02)
 
 
-def test_the_second_recipe_does_far_better(train_recipe: Callable[..., dict[str, Any]]) -> None:
-    assert train_recipe("fashion_mnist.yaml")["eval/accuracy"] >= 0.925
+def test_the_second_recipe_reaches_93_percent(train_recipe: Callable[..., dict[str, Any]]) -> None:
+    assert train_recipe("fashion_mnist.yaml")["eval/accuracy"] >= 0.93
