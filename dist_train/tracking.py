@@ -23,6 +23,7 @@ from dist_train.progress import Progress
 
 INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
 FINISH_SECONDS = 30  # how long the end of a run waits for W&B
+STATUS_SECONDS = 1  # how old status.json may be: replacing a file can wait for the disk
 
 
 class Tracker:
@@ -38,6 +39,7 @@ class Tracker:
         self._metrics = _open_lines(self.folder / "metrics.jsonl")
         self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
         self._mirror = Mirror(config, self.say) if config.wandb.mode != "disabled" else None
+        self._status_at = -math.inf
         self.status("running", 0)
 
     @property
@@ -73,6 +75,10 @@ class Tracker:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: running, completed, interrupted or failed, and why."""
+        now = time.monotonic()
+        if state == "running" and now - self._status_at < STATUS_SECONDS:
+            return
+        self._status_at = now
         status = {
             "state": state,
             "step": step,

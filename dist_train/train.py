@@ -151,6 +151,8 @@ def _loop(
     model, optimizer = accelerator.prepare(state.model, state.optimizer)  # may move the weights
     if not accelerator.scaler:  # the wrapper costs 60 us a step, and only fp16's loss scale needs it
         optimizer = state.optimizer
+    # Accelerate's divides the loss by its own accumulation, 1 here; only a loss scale needs it.
+    backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
     model.train()
     weights = [weight for weight in state.model.parameters() if weight.requires_grad]
     average = None
@@ -194,7 +196,7 @@ def _loop(
                 losses = task.loss(model(inputs), targets)
                 # The mean over the global batch, however it was cut; DDP divides by the world size.
                 loss = losses.sum() * (ranks.world_size / part.total if part.size else 0.0)
-                accelerator.backward(loss)
+                backward(loss)
             window.add(loss.detach())
         if clip_norm:
             accelerator.clip_grad_norm_(weights, clip_norm)
