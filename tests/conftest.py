@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -131,6 +132,39 @@ def run(start: Callable[..., Any]) -> Callable[..., Finished]:
 def cli(run: Callable[..., Finished]) -> Callable[..., Finished]:
     """cli("train", ..., cwd=tmp_path, env={}) -> Finished: `python -m dist_train train ...`."""
     return lambda *arguments, **options: run("-m", "dist_train", *arguments, **options)
+
+
+ONE_AFTER_THE_OTHER = """
+import contextlib, io, json, os, sys, traceback
+from dist_train import cli
+
+for folder, arguments in json.load(sys.stdin):
+    os.chdir(folder)
+    sys.argv, code, out, err = ["dist-train", *arguments], 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+def one_after_the_other(jobs: Sequence[tuple[Path, Sequence[Any]]], timeout: float = 300) -> list[Finished]:
+    """(folder, arguments of dist-train) of many commands, run by one process: torch is slow to start."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
+        input=json.dumps([[str(folder), list(map(str, words))] for folder, words in jobs]),
+        env=environment(PYTHONDONTWRITEBYTECODE=1),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return [Finished(*json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dist_train
-from tests.conftest import SMALL, Finished
+from tests.conftest import SMALL, Finished, one_after_the_other
 
 COMMANDS = ["train", "eval", "predict", "config", "summary", "samples"]
 HEAVY = ["torch", "torchvision", "accelerate", "wandb", "matplotlib", "pandas", "scipy"]
@@ -81,9 +81,8 @@ def test_wrong_usage_is_exit_code_2(words: list[str], told: str, cli: Callable[.
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
+def test_mistakes_of_other_commands_are_one_sentence_too(npz: Path, tmp_path: Path) -> None:
+    mistakes: list[tuple[list[str], str]] = [
         (["predict", "runs/nowhere", "a.png"], "runs/nowhere: there is no such run"),
         (["predict", ".", "a.png"], "holds no checkpoint"),
         (["predict", "arrays.npz", "a.png"], "arrays.npz"),
@@ -91,15 +90,12 @@ def test_wrong_usage_is_exit_code_2(words: list[str], told: str, cli: Callable[.
         (["eval", "runs/nowhere"], "runs/nowhere: there is no such run"),
         (["samples", *SMALL, "--output", "nowhere/a.png"], "--output: nowhere/a.png"),
         (["summary", *SMALL, "model.name=mlpp"], "'mlp'?"),
-    ],
-)
-def test_mistakes_of_other_commands_are_one_sentence_too(
-    words: list[str], told: str, cli: Callable[..., Finished], npz: Path
-) -> None:
-    result = cli(*words)
-    assert result.rc == 2, result
-    assert told in result.err
-    assert (result.err.count("\n"), result.err.startswith("dist-train: ")) == (1, True), result
+    ]
+    results = one_after_the_other([(tmp_path, words) for words, _ in mistakes])
+    for result, (_, told) in zip(results, mistakes, strict=True):
+        assert result.rc == 2, result
+        assert told in result.err
+        assert (result.err.count("\n"), result.err.startswith("dist-train: ")) == (1, True), result
 
 
 def test_samples_are_drawn_as_read_and_as_the_model_sees_them(

@@ -21,20 +21,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from dist_train.config import Config, load
 from dist_train.config.schema import all_keys
-from tests.conftest import REPO, Finished, environment
+from tests.conftest import REPO, environment, kill
 
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 LINKING = [*PAGES, *(p for p in REPO.glob("*.md") if p not in PAGES), *REPO.glob("[b-s]*/README.md")]
 LANGUAGES = {"bash", "python", "yaml", "text", "mermaid"}
 NEEDS = {"gpus", "mac", "nodes", "slurm", "account"}
-SECONDS = 240  # that one block may take
+SECONDS = 300  # that one block may take
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,67 @@ def blocks(page: Path) -> Iterator[Block]:
 # --- running ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def followed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Path, Future[str]]]:
+    """What is wrong with each page whose test was asked for; pages are followed side by side."""
+    asked = [item.callspec.params["page"] for item in request.session.items if "block" in item.name]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        futures = {
+            page: pool.submit(follow, page, make_tree(tmp_path_factory.mktemp(page.stem))) for page in asked
+        }
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_runs_as_printed(
+    page: Path, followed: dict[Path, Future[str]], missing: Callable[[str], NoReturn]
+) -> None:
+    if "make " in page.read_text() and not shutil.which("make"):
+        missing("make is not here")
+    wrong = followed[page].result()
+    assert not wrong, wrong
+
+
+def follow(page: Path, tree: Path) -> str:
+    """Does what a page says, block after block; returns what is wrong with the first one that fails."""
+    printed = ""
+    session = Session(tree)
+    try:
+        for block in blocks(page):
+            expected = int(block.note.removeprefix("exit code: ")) if "exit code" in block.note else 0
+            code = expected
+            if block.language not in LANGUAGES:
+                return f"{block}: a kind of block that this test does not know: {block.language!r}"
+            if block.language == "text":
+                if block.note == "printed" and trimmed(printed) != trimmed(block.code):
+                    return f"{block}: the block above prints\n{printed}"
+            elif block.file:
+                (tree / block.file).write_text(block.code)
+            elif block.note.startswith("needs: "):
+                check_unrun(block, tree)
+            elif block.language == "yaml":
+                (tree / "block.yaml").write_text(block.code)
+                load([tree / "block.yaml"], [] if "epochs" in block.code else ["train.epochs=1"])
+            elif block.language == "bash":
+                code, printed = run_bash(block, tree)
+            elif block.language == "python":
+                code, printed = session.run(block.code)
+            if code != expected:
+                return f"{block} ended with {code}:\n{block.code}\n{printed}"
+    except Exception as error:
+        return f"{block}: {type(error).__name__}: {error}\n{block.code}"
+    finally:
+        session.close()
+    return ""
+
+
+def make_tree(parent: Path) -> Path:
     """A copy of the repository with a small Fashion-MNIST, short recipes, and an installed .venv."""
-    top = tmp_path / "dist_train"
+    top = parent / "dist_train"
     left = {".git", ".venv", "runs", "data", "wandb", "build", "dist"}
     for item in REPO.iterdir():
         if item.name in left or item.name.endswith("_cache"):
@@ -102,10 +161,8 @@ def tree(tmp_path: Path) -> Path:
         recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
     programs = top / ".venv/bin"
     programs.mkdir(parents=True)
-    python = shlex.quote(sys.executable)
-    commands = {"python": "", "dist-train": "-m dist_train"}
-    for name, module in commands.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {python} {module} "$@"\n')
+    for name, module in {"python": "", "dist-train": "-m dist_train"}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
     for stamp in ("installed", "installed-dev"):  # younger than pyproject.toml: make has nothing to install
@@ -116,9 +173,23 @@ def tree(tmp_path: Path) -> Path:
 def variables(tree: Path) -> dict[str, str]:
     """The environment of the blocks: as if a person had activated the .venv."""
     places = [tree / ".venv/bin", Path(sys.executable).parent]
-    extra = {"WANDB_MODE": "disabled", "PYTHONPATH": tree, "MPLBACKEND": "Agg", "HOME": tree.parent}
-    ours = environment(**extra)
+    ours = environment(WANDB_MODE="disabled", PYTHONPATH=tree, HOME=tree.parent)
     return ours | {"PATH": ":".join([*map(str, places), ours.get("PATH", "")])}
+
+
+def run_bash(block: Block, tree: Path) -> tuple[int, str]:
+    """The exit code of a block in a shell of its own, and what it printed."""
+    # `make test` would run this test again: make only says what it would do.
+    code = "exec 2>&1\n" + re.sub(r"^make test", "make -n test", block.code, flags=re.M)
+    process = subprocess.Popen(
+        ["bash", "-euo", "pipefail", "-c", code], cwd=tree, env=variables(tree), text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    timer = threading.Timer(SECONDS, kill, [process])
+    timer.start()
+    printed, _ = process.communicate()
+    timer.cancel()
+    return process.returncode, printed
 
 
 class Session:
@@ -147,73 +218,27 @@ for line in sys.stdin:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", self.CODE], cwd=self.tree, env=variables(self.tree), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         assert self.process.stdin and self.process.stdout
-        timer = threading.Timer(SECONDS, self.process.kill)
+        timer = threading.Timer(SECONDS, kill, [self.process])
         timer.start()
         self.process.stdin.write(json.dumps(code) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         timer.cancel()
-        assert answer, f"the block ended the session, or took more than {SECONDS} s"
-        failed, printed = json.loads(answer)
+        failed, printed = json.loads(answer or '[true, "the session ended"]')
         return int(failed), printed
 
     def close(self) -> None:
+        """Ends the session."""
         if self.process:
-            self.process.kill()
+            kill(self.process)
             self.process.communicate()
 
 
-@pytest.fixture
-def session(tree: Path) -> Iterator[Session]:
-    """The Python session of a page."""
-    python = Session(tree)
-    yield python
-    python.close()
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_runs_as_printed(
-    page: Path,
-    tree: Path,
-    session: Session,
-    run: Callable[..., Finished],
-    missing: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    printed = ""
-    for block in blocks(page):
-        assert block.language in LANGUAGES, f"{block}: no block of a kind that is known to this test"
-        expected = int(block.note.removeprefix("exit code: ")) if "exit code" in block.note else 0
-        if block.language == "text":
-            if block.note == "printed":
-                assert trimmed(printed) == trimmed(block.code), f"{block}: prints\n{printed}"
-        elif block.file:
-            (tree / block.file).write_text(block.code)
-        elif block.language == "yaml":
-            (tree / "block.yaml").write_text(block.code)
-            load([tree / "block.yaml"], [] if "epochs" in block.code else ["train.epochs=1"])
-        elif block.note.startswith("needs: "):
-            monkeypatch.chdir(tree)
-            check_unrun(block)
-        elif block.language == "bash":
-            if "make " in block.code and not shutil.which("make"):
-                missing("make is not here")
-            # `make test` would run this test again: make only says what it would do.
-            code = "exec 2>&1\n" + re.sub(r"^make test", "make -n test", block.code, flags=re.M)
-            options = {"cwd": tree, "env": variables(tree), "timeout": SECONDS}
-            finished = run("bash", "-euo", "pipefail", "-c", code, **options)
-            printed = finished.out
-            assert finished.rc == expected, f"{block}:\n{block.code}\n{finished}"
-        elif block.language == "python":
-            code, printed = session.run(block.code)
-            assert code == expected, f"{block}:\n{block.code}\n{printed}"
-
-
-def check_unrun(block: Block) -> None:
-    """What can be told of a block without running it; the current folder is the tree."""
+def check_unrun(block: Block, tree: Path) -> None:
+    """What can be told of a block without running it."""
     needs = {need.strip() for need in block.note.removeprefix("needs: ").split(",")}
     assert needs <= NEEDS, f"{block}: needs {needs - NEEDS}?"
     if block.language == "python":
@@ -225,10 +250,10 @@ def check_unrun(block: Block) -> None:
         words = shlex.split(line, comments=True)
         for word in words:
             if re.match(r"(launch|configs|slurm|examples|docs)/", word):
-                assert Path(word).exists(), f"{block}: there is no {word}"
+                assert (tree / word).exists(), f"{block}: there is no {word}"
         if "train" in words and {"dist-train", "dist_train"} & set(words):
             arguments = words[words.index("train") + 1 :]
-            load([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
+            load([tree / a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
 
 
 def trimmed(text: str) -> list[str]:
@@ -268,7 +293,9 @@ def test_every_key_file_and_test_that_a_page_names_exists(page: Path) -> None:
     sections = "|".join(item.name for item in fields(Config) if is_dataclass(getattr(Config(), item.name)))
     for key in re.findall(rf"`((?:{sections})\.[a-z_.]+)[`=]", text):
         known = key in keys or key.startswith(free)
-        assert known or key.endswith((".py", ".yaml", ".")), f"{page.name}: there is no key {key}"
+        assert known or key.endswith((".py", ".yaml", ".safetensors", ".")), (
+            f"{page.name}: there is no key {key}"
+        )
     tests = "\n".join(file.read_text() for file in (REPO / "tests").rglob("*.py"))
     for name in re.findall(r"\btest_\w+\b(?!\.py)", text):
         assert f"def {name}(" in tests, f"{page.name}: there is no test {name}"

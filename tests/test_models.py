@@ -15,7 +15,8 @@ from torchvision.models.regnet import BlockParams
 
 from dist_train import models
 from dist_train.config import UserError
-from tests.conftest import SMALL, Finished
+from dist_train.predict import evaluate_run
+from tests.conftest import SMALL, Finished, one_after_the_other, write_npz
 
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 
@@ -100,22 +101,19 @@ def test_our_models_take_images_of_any_shape(shape: tuple[int, int, int]) -> Non
 
 
 def test_a_model_of_ones_own_gets_what_its_signature_asks_for(
-    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+    here: Callable[..., Any], npz: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "my_net.py").write_text(
         "import torch\n"
         "def net(num_classes, in_channels, width=3):\n"
         "    return torch.nn.Sequential(torch.nn.Conv2d(in_channels, width, 3), torch.nn.Flatten(),\n"
         "                               torch.nn.Linear(width * 36, num_classes))\n"
     )
-    named = ["model.name=mine:net", "model.args.width=5", "train.steps=4"]
-    result = cli("train", *SMALL, *named)
-    assert result.rc == 0, result
+    result = here(*SMALL, "model.name=my_net:net", "model.args.width=5", "train.steps=4")
     weights = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)["model"]
     assert weights["0.weight"].shape == (5, 1, 3, 3)
     assert weights["2.weight"].shape == (3, 180)
-    evaluated = cli("eval", "runs/run")
-    assert evaluated.rc == 0, evaluated
+    assert evaluate_run("runs/run") == result.metrics
 
 
 @pytest.mark.parametrize(
@@ -152,10 +150,22 @@ def summary(result: Finished) -> tuple[list[list[str]], dict[str, str]]:
     return rows, dict(re.split(r"\s{2,}", line, maxsplit=1) for line in totals.splitlines())  # type: ignore[misc]
 
 
-def test_the_summary_counts_parameters_and_multiply_adds(
-    cli: Callable[..., Finished], small: list[str]
-) -> None:
-    rows, totals = summary(cli("summary", *small, "model.args.hidden=[16]"))
+@pytest.fixture(scope="module")
+def summaries(tmp_path_factory: pytest.TempPathFactory) -> list[Finished]:
+    """Of a small MLP, of a ResNet-50 for pictures, and of a model that computes its sizes."""
+    folder = tmp_path_factory.mktemp("summaries")
+    write_npz(folder)
+    fake = ["data.name=FakeData", "data.root=null", "data.args.num_classes=3"]
+    jobs = [
+        ["model.args.hidden=[16]"],
+        [*fake, "data.args.image_size=[3,224,224]", "model.name=resnet50"],
+        [*fake, "data.args.image_size=[1,32,32]", "model.name=regnet_y_400mf"],
+    ]
+    return one_after_the_other([(folder, ["summary", *SMALL, *words]) for words in jobs])
+
+
+def test_the_summary_counts_parameters_and_multiply_adds(summaries: list[Finished]) -> None:
+    rows, totals = summary(summaries[0])
     assert rows == [
         ["layer", "type", "output", "parameters"],
         ["0", "Flatten", "64", "0"],
@@ -168,20 +178,8 @@ def test_the_summary_counts_parameters_and_multiply_adds(
     assert totals["multiply-adds"] == f"{64 * 16 + 16 * 3:,} per sample"
 
 
-def test_the_summary_knows_models_that_compute_their_sizes(cli: Callable[..., Finished]) -> None:
-    fake = ["data.name=FakeData", "data.root=null", "data.args.image_size=[1,32,32]"]
-    _, totals = summary(cli("summary", *SMALL, *fake, "model.name=regnet_y_400mf"))
-    expected = torchvision.models.RegNet_Y_400MF_Weights.IMAGENET1K_V1.value.meta["num_params"]
-    expected -= 990 * 441 + 2 * 9 * 32  # 10 classes and 1 channel
-    assert totals["parameters"].startswith(f"{expected:,} ")
-
-
-def test_the_summary_of_a_large_model_takes_no_memory(
-    cli: Callable[..., Finished], image_folder: Path
-) -> None:
-    source = [f"data.root={image_folder}", "data.name=image_folder"]
-    sizes = ["data.eval_transform=[{Resize: {size: [224, 224]}}]"]
-    rows, totals = summary(cli("summary", *SMALL, *source, *sizes, "model.name=resnet50"))
+def test_the_summary_of_a_resnet_agrees_with_the_published_figures(summaries: list[Finished]) -> None:
+    rows, totals = summary(summaries[1])
     expected = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.value.meta
     removed = 997 * 2049  # the outputs that 3 classes don't have
     assert totals["parameters"].startswith(f"{expected['num_params'] - removed:,} ")
@@ -189,3 +187,10 @@ def test_the_summary_of_a_large_model_takes_no_memory(
     assert adds / 1e9 == pytest.approx(expected["_ops"], rel=1e-2)
     assert rows[1][:3] == ["conv1", "Conv2d", "64 x 112 x 112"]
     assert rows[-1] == ["fc", "Linear", "3", f"{2048 * 3 + 3:,}"]
+
+
+def test_the_summary_knows_models_that_compute_their_sizes(summaries: list[Finished]) -> None:
+    _, totals = summary(summaries[2])
+    expected = torchvision.models.RegNet_Y_400MF_Weights.IMAGENET1K_V1.value.meta["num_params"]
+    expected -= 997 * 441 + 2 * 9 * 32  # 3 classes and 1 channel
+    assert totals["parameters"].startswith(f"{expected:,} ")
