@@ -1,10 +1,11 @@
-"""`dist-train doctor`: what this machine can do, measured and not believed; each line says what to do about it.
+"""`dist-train doctor`: what this machine can do, measured and not believed, and what to do about it.
 
 `python -m dist_train.doctor FILE RANK BACKEND` is one of the two processes that it starts for the all-reduce.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -13,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 MIB, GIB = 2**20, 2**30
@@ -39,30 +41,18 @@ class Finding:
 
 def examine(runs: Path) -> Iterator[Finding]:
     """Every finding, one after the other. `runs`, the folder of the runs, need not be there yet."""
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "versions": _versions,
-        "CPUs": _processors,
-        "memory": _memory,
-        "devices": _devices,
-        "all-reduce": _all_reduce,
-        "disk": lambda: _disk(runs),
-        "limits": _limits,
-        "SLURM": _slurm,
-        "W&B": _wandb,
-    }
-    for name, check in checks.items():
+    disk = partial(_disk, runs)
+    for check in (_versions, _cpus, _memory, _devices, _all_reduce, disk, _limits, _slurm, _wandb):
         try:
             yield from check()
         except Exception as error:
-            yield Finding(name, f"{type(error).__name__}: {error}", "could not be checked")
+            yield Finding("doctor", f"{type(error).__name__}: {error}", "something could not be checked")
 
 
 def _versions() -> Iterator[Finding]:
     names = ("accelerate", "torchvision", "wandb")
     shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    yield Finding(
-        "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}; {shown}"
-    )
+    yield Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}; {shown}")
     try:
         import torch
         import torch.distributed as dist
@@ -75,7 +65,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding("torch", f"{told}, {'gloo' if dist.is_gloo_available() else 'without gloo'}")
 
 
-def _processors() -> Iterator[Finding]:
+def _cpus() -> Iterator[Finding]:
     from dist_train.runtime import allowed_cpus
 
     allowed, there = allowed_cpus(), os.cpu_count() or 1
@@ -86,14 +76,10 @@ def _processors() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     import psutil
 
-    there = psutil.virtual_memory()
-    total, free = there.total, there.available
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": no limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         total, free = min(total, limit), min(free, max(0, limit - used))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        pass
     advice = "end other programs; under SLURM: --mem" if free < 2 * GIB else ""
     yield Finding("memory", f"{free / GIB:.1f} GiB free of {total / GIB:.1f}", advice)
 
@@ -109,8 +95,8 @@ def _devices() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         yield Finding("device", "MPS, for one process; several: device=cpu")
     elif not torch.cuda.is_available():
-        driver = "this torch can't use the NVIDIA driver that is here: install one that can; SLURM: --gpus-per-node"
-        yield Finding("device", "CPU only", driver if shutil.which("nvidia-smi") else "")
+        advice = "this torch can't use NVIDIA's driver: install another; under SLURM: --gpus-per-node"
+        yield Finding("device", "CPU only", advice if shutil.which("nvidia-smi") else "")
 
 
 def _all_reduce() -> Iterator[Finding]:
@@ -122,10 +108,8 @@ def _all_reduce() -> Iterator[Finding]:
         words = [sys.executable, "-m", "dist_train.doctor", str(Path(folder, "meet"))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         ranks = [subprocess.Popen([*words, str(rank), backend], **pipes) for rank in range(2)]
-        deadline = time.monotonic() + REDUCE_SECONDS
-        while None in (codes := [rank.poll() for rank in ranks]) and time.monotonic() < deadline:
-            if any(codes):  # the other one would wait in vain
-                break
+        end = time.monotonic() + REDUCE_SECONDS
+        while None in (codes := [r.poll() for r in ranks]) and not any(codes) and time.monotonic() < end:
             time.sleep(0.05)
         for rank in ranks:
             rank.kill()
@@ -135,16 +119,14 @@ def _all_reduce() -> Iterator[Finding]:
         yield Finding("all-reduce", f"{what}: {float(told[0][0]):.2f} GB/s on {REDUCE_BYTES // MIB} MiB")
         return
     lines = "".join(err for code, (_, err) in zip(codes, told, strict=True) if code).strip().splitlines()
-    advice = (
-        "the wrong network card, or a firewall? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the card"
-    )
+    advice = "the wrong network card? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose it"
     yield Finding("all-reduce", f"{what}: {lines[-1] if lines else 'no answer'}", advice, failure=True)
 
 
 def _reduce(file: str, rank: int, backend: str) -> None:
     """One of the two: prints GB/s."""
     import torch
-    import torch.distributed as dist
+    from torch import distributed as dist
 
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     dist.init_process_group(backend, init_method=f"file://{file}", rank=rank, world_size=2)
@@ -173,21 +155,15 @@ def _disk(runs: Path) -> Iterator[Finding]:
             speed = DISK_BYTES / (time.perf_counter() - begin) / 1e6
             os.utime(file.name)  # by the clock of the disk's machine
             skew = abs(time.time() - os.stat(file.name).st_mtime)
-            if Path(file.name).read_bytes() != data:
-                raise OSError(0, "what was written is not what is read")
     except OSError as error:
         yield Finding("disk", f"{folder}: {error.strerror}", "choose another run.dir", failure=True)
         return
-    told = f"{folder}: {speed:,.0f} MB/s written and flushed"
-    yield Finding("disk", told, "checkpoints will take long; choose another run.dir" if speed < 50 else "")
+    advice = "checkpoints will take long; choose another run.dir" if speed < 50 else ""
+    yield Finding("disk", f"{folder}: {speed:,.0f} MB/s written and flushed", advice)
     free = shutil.disk_usage(folder).free / GIB
-    yield Finding(
-        "free disk", f"{free:,.1f} GiB", "delete old runs, or choose another run.dir" if free < 5 else ""
-    )
+    yield Finding("free disk", f"{free:,.1f} GiB", "delete old runs" if free < 5 else "")
     told = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, {skew:.1f} s from the disk's"
-    yield Finding(
-        "clock", told, "set both by NTP: times of files tell lost runs from living ones" if skew > 5 else ""
-    )
+    yield Finding("clock", told, "set both by NTP; lost runs are known by times" if skew > 5 else "")
 
 
 def _limits() -> Iterator[Finding]:

@@ -60,8 +60,8 @@ def submit(words: Sequence[str]) -> str:
         done = subprocess.run(words, env={**os.environ, "PATH": path()}, capture_output=True, text=True)
     except FileNotFoundError:
         raise UserError(
-            "there is no `sbatch` on this machine; submit from a login node of the cluster, or see the command"
-            " by --dry-run."
+            "there is no `sbatch` on this machine; submit from a login node of the cluster;"
+            " --dry-run prints the command."
         ) from None
     if done.returncode:
         reason = " ".join(done.stderr.split()).removeprefix("sbatch: ").rstrip(".")

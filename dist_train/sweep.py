@@ -22,8 +22,8 @@ from dist_train.config import UserError, load, nearest
 from dist_train.keys import key
 
 FILE_KEYS = (
-    "apiVersion", "command", "controller", "description", "early_terminate", "entity", "job", "kind", "method",
-    "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
+    "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job",
+    "kind", "method", "metric", "metrics", "name", "parameters", "program", "project", "run_cap", "scheduler",
 )  # fmt: skip
 # What a parameter needs in each distribution; those with `min` and `max` are bounded by them.
 KINDS: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ STALE_SECONDS = 60  # a lock that was not renewed for so long belongs to nobody
 
 
 def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, Any]]:
-    """One dict for each run: the fields of status.json, with `run`, `slurm_state`, and a `state` that may be lost.
+    """One dict for each run: what status.json holds, `run`, `slurm_state`, and a `state` that may be lost.
 
     Args:
         runs: folders of runs, or folders that hold such; none: all under `top`.
@@ -61,7 +61,7 @@ def as_json(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def slurm_states(jobs: Sequence[str]) -> dict[str, str]:
-    """SLURM's state of each job, such as RUNNING; ENDED if its queue holds it no more; empty if it can't tell."""
+    """SLURM's state of each job, as RUNNING; ENDED if its queue holds it no more; empty if it can't tell."""
     if not jobs or not shutil.which("squeue"):
         return {}
     words = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(sorted(set(jobs)))}"]
