@@ -1,7 +1,4 @@
-"""`dist-train doctor`: what this machine can do, measured and not believed, and what to do about it.
-
-`python -m dist_train.doctor FILE RANK BACKEND` is one of the two processes that it starts for the all-reduce.
-"""
+"""`dist-train doctor`: what this machine can do, measured and not believed, and what to do about it."""
 
 from __future__ import annotations
 
@@ -124,7 +121,7 @@ def _all_reduce() -> Iterator[Finding]:
 
 
 def _reduce(file: str, rank: int, backend: str) -> None:
-    """One of the two: prints GB/s."""
+    """One of the two, started as `python -m dist_train.doctor FILE RANK BACKEND`: prints GB/s."""
     import torch
     from torch import distributed as dist
 
