@@ -12,8 +12,10 @@ import torch
 from dist_train.runtime import allowed_cpus
 from tests.conftest import Finished
 
-LINE = re.compile(r"(ok|warning|failure) +(Python|torch|CPUs|memory|device|GPU \d+|all-reduce|disk|free disk|clock"
-                  r"|/dev/shm|open files|SLURM|W&B) +(.+)")  # fmt: skip
+LINE = re.compile(
+    r"(ok|warning|failure) +(Python|torch|CPUs|memory|device|GPU \d+|all-reduce|disk|free disk|clock"
+    r"|/dev/shm|open files|SLURM|W&B) +(.+)"
+)
 
 
 def lines(result: Finished) -> dict[str, tuple[str, str]]:
