@@ -45,7 +45,7 @@ def test_a_machine_that_can_train_is_told_to(cli: Callable[..., Finished], tmp_p
 
 
 def test_what_makes_training_impossible_is_exit_code_1(cli: Callable[..., Finished], tmp_path: Path) -> None:
-    no_card = {"GLOO_SOCKET_IFNAME": "nocard0", "NCCL_SOCKET_IFNAME": "nocard0", "WANDB_MODE": ""}
+    no_card = {"GLOO_SOCKET_IFNAME": "nocard0", "NCCL_SOCKET_IFNAME": "nocard0"}
     result = cli("doctor", "--runs", "/proc/runs", env={**no_card, "HOME": tmp_path})
     assert (result.rc, result.err) == (1, ""), result
     told = lines(result)

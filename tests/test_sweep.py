@@ -52,7 +52,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Pa
 
     def writer(content: Any) -> Path:
         path = Path("tune.yaml")
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
         return path
 
     return writer
@@ -103,7 +103,7 @@ def test_a_value_is_read_back_as_it_was(value: Any) -> None:
     config = load([], ["train.epochs=1", f"model.args.x={text(value)}"])
     assert config.model.args["x"] == value
     assert type(config.model.args["x"]) is type(value)
-    if isinstance(value, str) and value != "null":
+    if isinstance(value, str):
         assert load([], ["train.epochs=1", f"wandb.notes={text(value)}"]).wandb.notes == value
 
 

@@ -52,7 +52,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*_cells(row))
     # Piped output is not cut to the width of a terminal that isn't there.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False).print(
+        table
+    )
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
