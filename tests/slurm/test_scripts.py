@@ -1,4 +1,4 @@
-"""slurm/*.sbatch by themselves: what they tell the ranks, and when they requeue. A rank is a shell script here."""
+"""slurm/*.sbatch by themselves: what they tell ranks, and when they requeue. Ranks are shell scripts here."""
 
 from __future__ import annotations
 
