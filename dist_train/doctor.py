@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 MIB, GIB = 2**20, 2**30
 DISK_BYTES, REDUCE_BYTES = 64 * MIB, 16 * MIB
@@ -38,8 +38,9 @@ class Finding:
 
 def examine(runs: Path) -> Iterator[Finding]:
     """Every finding, one after the other. `runs`, the folder of the runs, need not be there yet."""
-    disk = partial(_disk, runs)
-    for check in (_versions, _cpus, _memory, _devices, _all_reduce, disk, _limits, _slurm, _wandb):
+    checks: list[Callable[[], Iterator[Finding]]]
+    checks = [_versions, _cpus, _memory, _devices, _all_reduce, partial(_disk, runs), _limits, _slurm, _wandb]
+    for check in checks:
         try:
             yield from check()
         except Exception as error:
@@ -47,8 +48,7 @@ def examine(runs: Path) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    names = ("accelerate", "torchvision", "wandb")
-    shown = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    shown = ", ".join(f"{name} {version(name)}" for name in ("accelerate", "torchvision", "wandb"))
     yield Finding("Python", f"{platform.python_version()} on {platform.platform(terse=True)}; {shown}")
     try:
         import torch
@@ -103,8 +103,7 @@ def _all_reduce() -> Iterator[Finding]:
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "dist_train.doctor", str(Path(folder, "meet"))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        ranks = [subprocess.Popen([*words, str(rank), backend], **pipes) for rank in range(2)]
+        ranks = [Popen([*words, str(r), backend], stdout=PIPE, stderr=PIPE, text=True) for r in range(2)]
         end = time.monotonic() + REDUCE_SECONDS
         while None in (codes := [r.poll() for r in ranks]) and not any(codes) and time.monotonic() < end:
             time.sleep(0.05)
