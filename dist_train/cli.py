@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -163,6 +164,97 @@ def verify(
     if differences:
         raise RunError("\n".join(differences))
     print("identical bit for bit: samples, inputs, targets, losses and weights of every step")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def submit(
+    arguments: Configs,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node.")] = None,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Processes on each node; by default one per GPU, else one.")
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, as 12:00:00.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Account.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the command.")] = False,
+) -> None:
+    """Submit a training to SLURM, after a check. Other options go to sbatch as they are: --qos=long."""
+    further = [word for word in arguments if word.startswith("-")]
+    words = [word for word in arguments if not word.startswith("-")]
+    options: dict[str, str | int | None] = {
+        "nodes": nodes,
+        "ntasks-per-node": tasks_per_node,
+        "gpus-per-node": gpus_per_node,
+        "time": time,
+        "partition": partition,
+        "account": account,
+    }
+    config = _load(words)
+    from dist_train import submit as submission
+
+    command = submission.command(config, words, options, further)
+    print(shlex.join(command), flush=True)
+    if not dry_run:
+        print(submission.submit(command))
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file in W&B's format.")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG...] [KEY=VALUE...]", help="For all tasks.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Print what would run (the default).")] = False,
+    task: Annotated[int | None, typer.Option(help="Print the arguments of this task for train.")] = None,
+    count: Annotated[bool, typer.Option("--count", help="Print the number of tasks.")] = False,
+) -> None:
+    """Print the runs of a sweep, each checked, for SLURM's job arrays: see slurm/sweep.sbatch."""
+    from dist_train import sweep as sweeps
+
+    if list_ + count + (task is not None) > 1:
+        raise UserError("sweep: give one of --list, --task and --count.")
+    tasks = sweeps.expand(file, arguments or [])
+    if task is not None:
+        print("\n".join(sweeps.pick(tasks, task).arguments))
+        return
+    for item in tasks:
+        item.check()
+        if not count:
+            print(f"{item.number:4}  {' '.join(item.overrides)}")
+    if count:
+        print(len(tasks))
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of runs; all under runs/.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what has become of runs: state, step, speed, SLURM job, last trouble."""
+    from dist_train.report import status as report
+
+    rows = report.collect(runs or [])
+    if json:
+        print(report.as_json(rows))
+    elif rows:
+        report.show(rows)
+    else:
+        print("no runs in runs/")
+
+
+@app.command()
+def doctor(
+    runs: Annotated[Path, typer.Option(help="Folder of the runs, whose disk is measured.")] = Path("runs"),
+) -> None:
+    """Measure what this machine can do. Exit code 1: something makes training impossible."""
+    from dist_train.doctor import examine
+
+    impossible = False
+    for finding in examine(runs):
+        print(finding, flush=True)
+        impossible |= finding.failure
+    sys.exit(int(impossible))
 
 
 @app.callback(invoke_without_command=True)

@@ -19,7 +19,8 @@ from dist_train.keys import key
 
 def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     """torch's rank variables for a process that `srun` started; empty for any other process."""
-    if "RANK" in env or "SLURM_STEP_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+    tasks = step_tasks(env)
+    if "RANK" in env or tasks < 2:
         return {}
     nodes = env.get("SLURM_STEP_NODELIST", env["SLURM_JOB_NODELIST"])
     one_node = env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES")) == "1"
@@ -30,12 +31,41 @@ def slurm_ranks(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     chosen = key(int(env["SLURM_JOB_ID"]), "port", int(env["SLURM_STEP_ID"]), attempt)
     return {
         "RANK": env["SLURM_PROCID"],
-        "WORLD_SIZE": env["SLURM_NTASKS"],
+        "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": env["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(tasks_on_node(per_node, int(env["SLURM_NODEID"]))),
         "MASTER_ADDR": env.get("MASTER_ADDR") or ("127.0.0.1" if one_node else address(first_host(nodes))),
         "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + chosen % 15000),
     }
+
+
+def step_tasks(env: dict[str, str] | os._Environ[str]) -> int:
+    """The number of tasks of the step that `srun` started this process in; 0 for any other process.
+
+    The step's own variable comes first: SLURM_NTASKS may be the job's, as in an interactive shell.
+    """
+    if "SLURM_STEP_ID" not in env:
+        return 0
+    return int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
+
+
+def check_slurm(env: dict[str, str] | os._Environ[str]) -> None:
+    """Raises UserError where the ranks of an `srun` are not one world: each would train alone.
+
+    So it is when RANK and WORLD_SIZE were set before `srun`: the shell fills in its own numbers, once.
+    """
+    tasks, world_size = step_tasks(env), int(env.get("WORLD_SIZE", "1"))
+    if world_size < tasks:
+        raise UserError(
+            f"srun started {tasks} tasks, but WORLD_SIZE is {world_size};"
+            " leave RANK and WORLD_SIZE unset: they come from SLURM."
+        )
+    by_hand = 1 < tasks == world_size and "TORCHELASTIC_RUN_ID" not in env
+    if by_hand and env["RANK"] != env["SLURM_PROCID"]:
+        raise UserError(
+            f"RANK is {env['RANK']} in the task that SLURM numbers {env['SLURM_PROCID']};"
+            " leave RANK and WORLD_SIZE unset: they come from SLURM."
+        )
 
 
 def first_host(nodelist: str) -> str:

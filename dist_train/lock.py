@@ -33,8 +33,8 @@ class Lock:
 
     def check(self, say: Callable[[str], None]) -> None:
         """Waits until nobody holds the lock; touches nothing. Raises UserError if a living attempt does."""
-        holder = _read(self.path)
-        if holder is None or _is_gone(holder):
+        holder = read(self.path)
+        if holder is None or is_gone(holder):
             return
         what = f"{self.path.parent}: {_named(holder)}"
         if _on_this_host(holder):
@@ -61,16 +61,17 @@ class Lock:
 
     def is_ours(self) -> bool:
         """Whether no other attempt has taken the lock."""
-        holder = _read(self.path)
+        holder = read(self.path)
         return holder is not None and holder.get("token") == self.token
 
     def renew(self) -> bool:
         """Shows that this process lives. False if another attempt has taken the lock."""
         try:
             os.utime(self.path)
+            holder = read(self.path)
         except OSError:  # the file system is away; the lock will be looked at again
             return True
-        return self.is_ours()
+        return holder is None or holder.get("token") == self.token
 
     def release(self) -> None:
         """Gives the lock back."""
@@ -89,7 +90,7 @@ def _myself(token: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """What a lock tells, or None if there is none that can be read."""
     try:
         holder = json.loads(path.read_text())
@@ -109,7 +110,7 @@ def _on_this_host(holder: dict[str, Any]) -> bool:
     return holder.get("host") == socket.gethostname()
 
 
-def _is_gone(holder: dict[str, Any]) -> bool:
+def is_gone(holder: dict[str, Any]) -> bool:
     """Whether the holder has certainly ended, or SLURM has started this attempt in its place."""
     mine = _myself("")
     same_job = mine["slurm_job"] is not None and holder.get("slurm_job") == mine["slurm_job"]
@@ -118,10 +119,13 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     if not _on_this_host(holder):
         return False
     try:
-        started = psutil.Process(holder.get("pid", 0)).create_time()
+        process = psutil.Process(holder.get("pid", 0))
+        started = process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:  # killed, and nobody has asked for its exit code
+            return True
     except psutil.Error:
         return True
-    return abs(started - holder.get("started", 0.0)) > CLOCK_SECONDS
+    return abs(started - holder.get("started", started)) > CLOCK_SECONDS
 
 
 def _named(holder: dict[str, Any]) -> str:

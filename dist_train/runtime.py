@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from dist_train.config import Config, UserError
-from dist_train.launchers import asked_of_accelerate, slurm_ranks, was_launched
+from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks, was_launched
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def start(config: Config) -> Runtime:
     Raises UserError when a device is missing or fewer processes came up than were asked for.
     """
     os.environ.update(slurm_ranks(os.environ))
+    check_slurm(os.environ)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if (asked := asked_of_accelerate()) and asked > world_size:
         raise UserError(

@@ -12,7 +12,8 @@ from PIL import Image
 import dist_train
 from tests.conftest import SMALL, Finished, one_after_the_other
 
-COMMANDS = ["train", "eval", "predict", "config", "summary", "samples", "replay", "verify"]
+COMMANDS = ["train", "eval", "predict", "config", "summary", "samples", "replay", "verify",
+            "submit", "sweep", "status", "doctor"]  # fmt: skip
 HEAVY = ["torch", "torchvision", "accelerate", "wandb", "matplotlib", "pandas", "scipy"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +78,24 @@ def test_two_nodes_of_accelerate_make_one_run(
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert equal(expected[2], last(tmp_path, "quickstart")["model"])
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "launch").glob("*.yaml")), ids=lambda file: file.name)
+def test_accelerate_itself_takes_each_file_and_the_command_in_its_head(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    loaded = load_config_from_file(str(file))  # refuses unknown keys
+    processes = {"cpu_2": 2, "gpus": 8, "nodes": 16}.get(file.stem, 1)
+    assert (loaded.num_processes, loaded.use_cpu) == (processes, file.stem.startswith("cpu"))
+    assert loaded.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
+    assert loaded.mixed_precision == "no"  # the precision is the configuration's
+    (head,) = re.findall(r"^#   (accelerate launch .+)$", file.read_text(), flags=re.M)
+    words = shlex.split(head)
+    told = launch_command_parser().parse_args(words[2:])
+    assert (told.config_file, told.module) == (f"launch/{file.name}", True)
+    assert (told.training_script, told.training_script_args[0]) == ("dist_train", "train")
+    assert (REPO / told.training_script_args[1]).is_file()
 
 
 @pytest.mark.parametrize("nodes", [1, 2])

@@ -1,0 +1,119 @@
+"""`dist-train status`: what has become of runs, from their status.json, their locks, and SLURM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train import lock
+from dist_train.config import UserError
+from dist_train.tracking import read_status
+
+
+def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, Any]]:
+    """One dict for each run: what status.json holds, `run`, `slurm_state`, and a `state` that may be lost.
+
+    Args:
+        runs: folders of runs, or folders that hold such; none: all under `top`.
+
+    Raises UserError for a folder that is no run and holds none.
+    """
+    folders: list[Path] = []
+    for path in runs:
+        if not (found := _runs(path)):
+            raise UserError(f"{path}: there is no such run.")
+        folders += found
+    rows = [_row(folder) for folder in (folders if runs else _runs(top))]
+    jobs = slurm_states([str(row["slurm_job"]) for row in rows if row.get("slurm_job")])
+    return [{**row, "slurm_state": jobs.get(str(row.get("slurm_job")))} for row in rows]
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints the table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("run", "state", "step", "samples/s", "goodput", "job", "last trouble"):
+        right = heading in ("step", "samples/s", "goodput")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row))
+    # Piped output is not cut to the width of a terminal that isn't there.
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False).print(
+        table
+    )
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as one JSON list."""
+    return json.dumps(rows, indent=2)
+
+
+def slurm_states(jobs: Sequence[str]) -> dict[str, str]:
+    """SLURM's state of each job, as RUNNING; ENDED if its queue holds it no more; empty if it can't tell."""
+    if not jobs or not shutil.which("squeue"):
+        return {}
+    words = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(sorted(set(jobs)))}"]
+    try:
+        asked = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    # It knows ended jobs for some minutes; asked for one that it has forgotten, it fails.
+    if asked.returncode and "Invalid job id" not in asked.stderr:
+        return {}
+    told = dict(line.split(maxsplit=1) for line in asked.stdout.splitlines() if len(line.split()) > 1)
+    return {job: told.get(job, "ENDED") for job in jobs}
+
+
+def _runs(path: Path) -> list[Path]:
+    """`path` itself if it is a run, else the runs in it, down to folders of folders, by name."""
+    if (path / "status.json").exists():
+        return [path]
+    return sorted({status.parent for depth in ("*", "*/*") for status in path.glob(f"{depth}/status.json")})
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    status = read_status(folder)
+    row = {"run": str(folder), **status, "state": status.get("state", "unknown")}
+    lost = row["state"] == "running" and _lost(folder, status)
+    if lost:
+        row |= {"state": "lost", "trouble": lost}
+    return row
+
+
+def _lost(folder: Path, status: dict[str, Any]) -> str:
+    """Why a run that says it is running does not, or an empty text."""
+    holder, age = status, 0.0
+    with contextlib.suppress(OSError):
+        age = time.time() - (folder / "lock").stat().st_mtime
+        holder = {**status, **(lock.read(folder / "lock") or {})}
+    if lock.is_gone(holder):
+        return f"process {holder.get('pid')} on {holder.get('host')} is gone"
+    if age > lock.STALE_SECONDS:
+        return f"no sign of life from {holder.get('host') or 'its process'} for {age:,.0f} s"
+    return ""
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    step, total = row.get("step"), row.get("total_steps")
+    speed, goodput = row.get("samples_per_second"), row.get("goodput")
+    reason = row.get("reason") if row["state"] in ("failed", "interrupted") else ""
+    trouble = str(reason or row.get("trouble") or "").strip().splitlines()
+    return [
+        row["run"],
+        row["state"],
+        f"{step:,}/{total:,}" if isinstance(step, int) and isinstance(total, int) else "-",
+        f"{speed:,.0f}" if isinstance(speed, (int, float)) else "-",
+        f"{goodput:.1%}" if isinstance(goodput, (int, float)) else "-",
+        " ".join(filter(None, [str(row.get("slurm_job") or ""), row.get("slurm_state")])) or "-",
+        trouble[-1] if trouble else "",
+    ]

@@ -1,0 +1,162 @@
+"""Training by slurm/*.sbatch on a real Slurm: whatever ends an attempt, the run ends with the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.conftest import write_npz
+from tests.distributed.ranks import last, same_bits, status, train
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Jobs
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 400
+SLOW = '''
+import pathlib, time
+from dist_train.task import Classification
+
+class Slow(Classification):
+    """Steps take 0.2 s as long as there is a file `slow`."""
+
+    def loss(self, outputs, targets):
+        if pathlib.Path("slow").exists():
+            time.sleep(0.2)
+        return super().loss(outputs, targets)
+'''
+TRAIN = [
+    "data.name=arrays", "data.root=arrays.npz", "data.workers=0", "model.args.hidden=[16]",
+    "model.args.dropout=0.3", "optim.args.momentum=0.9", "task.name=slow:Slow", "train.batch_size=16",
+    f"train.steps={STEPS}", "log.every=5", "checkpoint.every=never", "eval.every=1000", "device=cpu",
+    "wandb.mode=disabled",
+]  # fmt: skip
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """A folder with data, and `runs/undisturbed`, which two processes made without Slurm."""
+    folder = tmp_path_factory.mktemp("jobs")
+    write_npz(folder)
+    (folder / "slow.py").write_text(SLOW)
+    train(folder, *TRAIN, "run.name=undisturbed", processes=2)
+    return Jobs(slurm, folder)
+
+
+@pytest.fixture
+def slow(jobs: Jobs) -> Iterator[Callable[[], None]]:
+    """Steps are slow until slow() is called."""
+    file = jobs.folder / "slow"
+    file.touch()
+    yield lambda: file.unlink()
+    file.unlink(missing_ok=True)
+
+
+def begin(jobs: Jobs, name: str, *options: str, more: tuple[str, ...] = ()) -> str:
+    """Submits a run, on two nodes if not told otherwise; returns the job once it trains."""
+    where = options if any(option.startswith("--nodes") for option in options) else (*TWO_NODES, *options)
+    arguments = [*TRAIN, f"run.name={name}", *more]
+    job = jobs.submit(f"--job-name={name}", "--time=10", *where, arguments=arguments)
+    jobs.wait_for_step(job, name, 10)
+    return job
+
+
+def completed(jobs: Jobs, job: str, name: str, attempts: int) -> None:
+    """The job completes, the run took so many attempts, and has the bits of the undisturbed one."""
+    info = jobs.slurm.wait(job, "COMPLETED")
+    assert (info["Restarts"], info["ExitCode"]) == (str(attempts - 1), "0:0")
+    assert status(jobs.folder, name)["attempts"] == attempts, jobs.said(name)
+    assert same_bits(last(jobs.folder, "undisturbed"), last(jobs.folder, name))
+    assert jobs.said(name).count(f"completed at step {STEPS}") == 1  # one file for all attempts
+
+
+def interrupted(jobs: Jobs, name: str, reason: str) -> None:
+    """The run saved in the middle, because of `reason`."""
+    found = status(jobs.folder, name)
+    assert (found["state"], found["reason"]) == ("interrupted", reason), jobs.said(name)
+    assert 10 <= last(jobs.folder, name)["step"] == found["step"] < STEPS
+
+
+def test_two_nodes_train_like_two_processes(jobs: Jobs) -> None:
+    job = begin(jobs, "nodes")
+    completed(jobs, job, "nodes", attempts=1)
+    assert "2 processes on cpu, 1 CPU thread each" in jobs.said("nodes")
+
+
+def test_the_warning_before_the_time_limit(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "warned", "--time=2", "--signal=USR1@115")
+    jobs.wait(job, lambda: status(jobs.folder, "warned")["state"] == "interrupted")
+    interrupted(jobs, "warned", "SIGUSR1")
+    slow()
+    jobs.restart(job, "TimeLimit=10")
+    completed(jobs, job, "warned", attempts=2)
+
+
+def test_preemption(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "preempted", "--partition=low")
+    high = jobs.slurm.sbatch(
+        "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", input="#!/bin/bash\nsleep 1\n"
+    )
+    jobs.slurm.wait(job, "PENDING")
+    interrupted(jobs, "preempted", "SIGTERM")
+    slow()
+    jobs.slurm.wait(high, "COMPLETED")
+    jobs.restart(job)
+    completed(jobs, job, "preempted", attempts=2)
+
+
+def test_requeue_on_the_gpus_of_one_node(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "requeued", "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2")
+    jobs.slurm.scontrol("requeue", job)
+    slow()
+    jobs.slurm.wait(job, "PENDING")
+    interrupted(jobs, "requeued", "SIGTERM")
+    jobs.restart(job)
+    completed(jobs, job, "requeued", attempts=2)
+
+
+def test_a_cancelled_job_saves_and_is_not_requeued(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "cancelled")
+    jobs.slurm.ask("scancel", job)
+    jobs.slurm.wait(job, "CANCELLED")
+    jobs.slurm.wait_until_idle()
+    interrupted(jobs, "cancelled", "SIGTERM")
+    assert jobs.slurm.job_info(job)["JobState"] == "CANCELLED"
+    slow()
+    again = begin(jobs, "cancelled")  # the same command, later: it goes on
+    completed_again(jobs, again)
+
+
+def completed_again(jobs: Jobs, job: str) -> None:
+    jobs.slurm.wait(job, "COMPLETED")
+
+
+def ranks_of(jobs: Jobs, name: str) -> list[psutil.Process]:
+    """The processes of a run, by SLURM's number."""
+    found = {}
+    for process in jobs.slurm.processes():
+        words = process.cmdline()
+        if words[1:4] == ["-m", "dist_train", "train"] and f"run.name={name}" in words:
+            found[process.environ()["SLURM_PROCID"]] = process
+    return [process for _, process in sorted(found.items())]
+
+
+def test_a_killed_rank_ends_the_job(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "killed")
+    ranks_of(jobs, "killed")[1].kill()
+    info = jobs.slurm.wait(job, "FAILED")
+    assert (info["Restarts"], info["ExitCode"]) == ("0", "137:0")
+    assert status(jobs.folder, "killed")["state"] == "failed"
+
+
+def test_a_lost_node(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "lost", more=("checkpoint.every=10",))
+    jobs.slurm.kill_node("n2", jobs=True)
+    slow()
+    jobs.slurm.wait(job, "PENDING", timeout=120)
+    jobs.slurm.start_node("n2")
+    jobs.restart(job)
+    completed(jobs, job, "lost", attempts=2)
