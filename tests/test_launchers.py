@@ -18,7 +18,8 @@ def test_a_task_of_a_step_is_a_rank() -> None:
     ranks = slurm_ranks(STEP)
     port = ranks.pop("MASTER_PORT")
     assert ranks == {
-        "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+        "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
     }  # fmt: skip
     changed = [{"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}]
     assert len({port, *(slurm_ranks(STEP | change)["MASTER_PORT"] for change in changed)}) == 4

@@ -160,6 +160,28 @@ def test_a_lost_node(jobs: Jobs, slow: Callable[[], None]) -> None:
     completed(jobs, job, "lost", attempts=2)
 
 
+def test_a_sweep_of_three_with_one_interrupted(jobs: Jobs, slow: Callable[[], None]) -> None:
+    """Two at a time; the task that is interrupted goes on with its own run, under its own id."""
+    (jobs.folder / "rates.yaml").write_text(
+        "method: grid\nparameters:\n  optim.lr: {values: [0.05, 0.1, 0.2]}\n"
+    )
+    shared = [argument for argument in TRAIN if not argument.startswith("optim.lr=")]
+    options = ["--job-name=sweep", "--array=0-2%2", "--time=10"]
+    array = jobs.submit(*options, script="sweep.sbatch", arguments=["rates.yaml", *shared])
+    jobs.wait_for_step(f"{array}_1", "rates-1", 10)
+    jobs.slurm.ask("scancel", "--signal=USR1", f"{array}_1")
+    jobs.wait(f"{array}_1", lambda: status(jobs.folder, "rates-1")["state"] == "interrupted")
+    interrupted(jobs, "rates-1", "SIGUSR1")
+    slow()
+    jobs.restart(f"{array}_1")
+    for task, rate in enumerate((0.05, 0.1, 0.2)):
+        info = jobs.slurm.wait(f"{array}_{task}", "COMPLETED", timeout=120)
+        assert info["Restarts"] == str(int(task == 1))
+        assert status(jobs.folder, f"rates-{task}")["attempts"] == 1 + (task == 1)
+        config = last(jobs.folder, f"rates-{task}")["config"]
+        assert (config["optim"]["lr"], config["wandb"]["group"]) == (rate, "rates")
+
+
 def test_ranks_that_would_train_alone_are_refused(slurm: Cluster, tmp_path: Path) -> None:
     """A first node without an address, and a rank that the batch shell filled in once, for all."""
     write_npz(tmp_path)
