@@ -11,6 +11,7 @@ STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
     "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "localhost,other",
     "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_NTASKS": "8",
+    "SLURM_JOB_NODELIST": "first,localhost,other",
 }  # fmt: skip
 
 
