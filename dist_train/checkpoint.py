@@ -8,12 +8,15 @@ recognized. Loading never runs code from a file (`weights_only=True`).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import re
 import threading
+import time
 import zipfile
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from dist_train.config import UserError
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})\.pt")
+FIRST_SECONDS = 60.0  # from the start to the first save whose cost is measured
+SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 3600.0
 
 
 class Damaged(UserError):
@@ -32,48 +37,75 @@ class Damaged(UserError):
 class Checkpoints:
     """The folder of a run's checkpoints, on rank 0.
 
+    A save that fails, as on a full disk, ends nothing: it is told, and the next one tries again.
+
     Args:
         run: the run's folder; they lie in its `checkpoints`.
         keep: how many of the newest to keep; the best is kept besides.
+        say: hears of saves that failed.
     """
 
-    def __init__(self, run: Path, keep: int) -> None:
-        self.folder, self.keep = run / "checkpoints", keep
+    def __init__(self, run: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.folder, self.keep, self._say = run / "checkpoints", keep, say
         self.folder.mkdir(parents=True, exist_ok=True)
         for stray in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             stray.unlink(missing_ok=True)
+        self.failure = ""  # why the last save failed, or empty
+        self.is_owed = False  # whether that was to be the best one
+        self.best: float | None = None  # value of the metric in the best one
+        self.stall_seconds: list[float] = []  # of each save: what the loop waited for it
+        self.write_seconds = 0.0  # of the last save
         self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._copy: Any = None
 
     def save(self, state: dict[str, Any], best: bool) -> None:
-        """Copies `state` to memory, then writes it in a thread; waits first for the save before it.
-
-        Raises the error of that save, if it failed.
-        """
+        """Copies `state` to memory, then writes it in a thread; waits first for the save before it."""
+        begin = time.monotonic()
         self.wait()
-        copy = to_cpu(state)  # the loop goes on changing the weights
-        self._writer = threading.Thread(target=self._write, args=(copy, best), name="checkpoint")
+        self._copy = to_cpu(state, self._copy)  # the loop goes on changing the weights
+        self._writer = threading.Thread(
+            target=self._write, args=(self._copy, best), name="checkpoint", daemon=True
+        )
         self._writer.start()
+        self.stall_seconds.append(time.monotonic() - begin)
 
-    def wait(self) -> None:
-        """Waits until the save in flight is durable; raises its error."""
+    def wait(self) -> str:
+        """Waits until the save in flight is durable; returns why it failed, or nothing."""
         if self._writer:
             self._writer.join()
             self._writer = None
-        if self._error:
-            error, self._error = self._error, None
-            raise error
+        return self.failure
+
+    def interval(self, between_interruptions: float) -> float:
+        """Seconds from save to save at which least time is lost: sqrt(2 x cost of a save x mean time
+        between interruptions), after Young (1974) and Daly (2006), within reason.
+        """
+        costs = self.stall_seconds[1:] or self.stall_seconds  # the first save also allocates
+        if not costs:
+            return FIRST_SECONDS
+        best = math.sqrt(2 * (sum(costs) / len(costs)) * between_interruptions)
+        return min(max(best, SHORTEST_SECONDS, 4 * self.write_seconds), LONGEST_SECONDS)
 
     def _write(self, state: dict[str, Any], best: bool) -> None:
+        begin = time.monotonic()
+        path = self.folder / f"step-{state['step']:08d}.pt"
         try:
-            path = self.folder / f"step-{state['step']:08d}.pt"
+            if names := [name for name, value in state["model"].items() if not is_finite(value)]:
+                raise ValueError(f"the weights are not finite ({names[0]})")
             write_atomically(path, lambda file: torch.save(state, file))
             _point(self.folder / "last.pt", path.name)
             if best:
                 _point(self.folder / "best.pt", path.name)
+                self.best = state.get("best")
             self._prune()
-        except BaseException as error:
-            self._error = error
+            self.failure, self.is_owed = "", False
+        # torch turns an error of the file system into a RuntimeError of its own.
+        except (OSError, RuntimeError, ValueError) as error:
+            self.is_owed = best
+            why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
+            self.failure = f"{path} could not be written: {why}"
+            self._say(f"{self.failure}; the checkpoints before it are untouched, the next one is tried.")
+        self.write_seconds = time.monotonic() - begin
 
     def _prune(self) -> None:
         """Deletes what is neither among the newest nor the best; only after a new one is durable."""
@@ -163,15 +195,38 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     return state
 
 
-def to_cpu(value: Any) -> Any:
-    """A copy of nested dicts and lists with every tensor copied to the CPU."""
+def to_cpu(value: Any, memory: Any = None) -> Any:
+    """A copy of nested dicts and lists with every tensor copied to the CPU.
+
+    Args:
+        memory: an earlier copy that nobody needs any more; its tensors are overwritten where they fit,
+            since new memory costs as much as the copy itself.
+    """
+    copy = _to_cpu(value, memory)
+    if torch.cuda.is_initialized():  # copies into page-locked memory are under way
+        torch.cuda.synchronize()
+    return copy
+
+
+def _to_cpu(value: Any, memory: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        fits = isinstance(memory, torch.Tensor) and memory.dtype == value.dtype
+        if not fits or memory.shape != value.shape or memory.stride() != value.stride():
+            memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return memory.copy_(value.detach(), non_blocking=value.is_cuda)
     if isinstance(value, dict):
-        return {key: to_cpu(item) for key, item in value.items()}
+        known = memory if isinstance(memory, dict) else {}
+        return {key: _to_cpu(item, known.get(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(to_cpu(item) for item in value)
+        before = list(memory)[: len(value)] if isinstance(memory, (list, tuple)) else []
+        items = zip_longest(value, before)
+        return type(value)(_to_cpu(item, old) for item, old in items)
     return value
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds finite numbers only; what holds whole numbers always does."""
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -> None:

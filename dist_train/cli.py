@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dist_train import __version__
-from dist_train.config import UserError
+from dist_train.config import RunError, UserError
+
+BEGAN = time.time()  # the imports to come count as seconds of the run
 
 app = typer.Typer(
     name="dist-train",
@@ -36,18 +39,27 @@ def main() -> None:
         if _is_main() or not error.everywhere:
             print(f"dist-train: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        if _is_main():
+            print(f"dist-train: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 @app.command()
-def train(arguments: Configs) -> None:
+def train(
+    arguments: Configs,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Go on also with a changed configuration.")
+    ] = False,
+) -> None:
     """Train, or go on with the run where it stopped. Exit code 75: interrupted, state saved."""
     config = _load(arguments)
     from dist_train.interrupt import EXIT_INTERRUPTED
     from dist_train.train import fit
 
-    result = fit(config)
+    result = fit(config, allow_changes=allow_changes, started=BEGAN)
     if _is_main():
         print(f"{result.state} at step {result.step:,}: {result.folder}")
     sys.exit(EXIT_INTERRUPTED if result.state == "interrupted" else 0)
@@ -114,6 +126,43 @@ def samples(
 
     draw(config, output, count)
     print(f"written: {output}")
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],
+    output: Annotated[Path | None, typer.Option(help="Draw the images to this PNG file.")] = None,
+) -> None:
+    """Rebuild a step on one CPU: its samples as the model saw them, and each one's loss."""
+    from dist_train import replay as replaying
+
+    replayed = replaying.replay(run, step)
+    print(replaying.table(replayed))
+    if output:
+        replaying.picture(replayed, output)
+        print(f"written: {output}")
+
+
+@app.command()
+def verify(
+    arguments: Configs,
+    kills: Annotated[int, typer.Option(min=1, help="How often the job is killed.")] = 3,
+    processes: Annotated[int, typer.Option(min=1, help="Ranks of the job.")] = 1,
+    steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of the job.")] = 30,
+    seed: Annotated[int, typer.Option(help="Chooses where it is killed.")] = 0,
+) -> None:
+    """Prove on your own job that a killed run ends as an undisturbed one, bit for bit."""
+    config = _load(arguments)
+    import tempfile
+
+    from dist_train.verify import verify
+
+    with tempfile.TemporaryDirectory(prefix="dist-train-verify-") as folder:
+        differences = verify(config, Path(folder), steps, kills, processes, seed, print)
+    if differences:
+        raise RunError("\n".join(differences))
+    print("identical bit for bit: samples, inputs, targets, losses and weights of every step")
 
 
 @app.callback(invoke_without_command=True)

@@ -21,11 +21,12 @@ def evaluate(
     runtime: Runtime,
     channels_last: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float]:
-    """The means of loss and metrics over the samples of all ranks, as `eval/<name>`.
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """The means of loss and metrics over the samples of all ranks, as `eval/<name>`; and the samples
+    that could not be read and count nowhere, with the reason.
 
     Sums and counts are added up in float64; nothing is padded and nothing trimmed. If `stop` turns true
-    on any rank the result is empty.
+    on any rank there are no means.
 
     Args:
         model: the bare model, not its DDP wrapper; left in the mode that it was in.
@@ -37,10 +38,12 @@ def evaluate(
         torch.distributed.broadcast(buffer, 0)  # BatchNorm's averages differ from rank to rank
     values: dict[str, list[torch.Tensor]] = {}
     stopped = False
+    bad: list[tuple[str, str]] = []
     for batch in batches:
         if stopped := stop():
             break
-        inputs, targets, _ = batch.to(runtime.device, channels_last)
+        inputs, targets, _, unreadable = batch.to(runtime.device, channels_last)
+        bad += unreadable
         outputs = model(inputs)
         measured = {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
         for name, value in measured.items():
@@ -49,12 +52,13 @@ def evaluate(
     # One value per sample stays on the device until here, so no batch waits for a result.
     columns = {name: torch.cat(items).double().cpu() for name, items in values.items()}
     mine = {name: (column.sum().item(), len(column)) for name, column in columns.items()}
-    ranks = runtime.gather((mine, stopped))
-    if any(stopped for _, stopped in ranks):
-        return {}
-    names = next((list(sums) for sums, _ in ranks if sums), [])
+    ranks = runtime.gather((mine, stopped, bad))
+    unread = [item for _, _, items in ranks for item in items]
+    if any(stopped for _, stopped, _ in ranks):
+        return {}, unread
+    names = next((list(sums) for sums, _, _ in ranks if sums), [])
     means = {}
     for name in names:
-        parts = [sums[name] for sums, _ in ranks if sums]  # a rank without samples has none
+        parts = [sums[name] for sums, _, _ in ranks if sums]  # a rank without samples has none
         means[f"eval/{name}"] = math.fsum(p[0] for p in parts) / sum(p[1] for p in parts)
-    return means
+    return means, unread

@@ -6,30 +6,39 @@ The handler does nothing else, so it can't meet a half-done backward pass or a c
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: try again
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SAME_SECONDS = 0.5  # torchrun forwards the SIGINT that a terminal has sent to its ranks already
 
 
 class Interrupt:
     """While it is entered, signals are turned into `reason`; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self.reason = ""  # name of the first signal, or empty
+        self.reason = ""  # of the first request, or empty
+        self._sigint_at = 0.0
         self._before: dict[int, object] = {}
 
     def is_set(self) -> bool:
-        """Whether a signal has come."""
+        """Whether somebody has asked to stop."""
         return bool(self.reason)
+
+    def request(self, reason: str) -> None:
+        """Asks to stop at the next step on which all ranks agree; the first reason is kept."""
+        self.reason = self.reason or reason
 
     def __enter__(self) -> Interrupt:
         for name in SIGNALS:
+            number = getattr(signal, name, None)  # some are not on every system
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue  # `nohup` asks to go on without the terminal
             try:
-                number = getattr(signal, name)
                 self._before[number] = signal.signal(number, self._handle)
-            except (AttributeError, ValueError):  # not on this system; not in the main thread
-                continue
+            except ValueError:  # not in the main thread
+                break
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -37,6 +46,8 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":
-            raise KeyboardInterrupt
-        self.reason = self.reason or signal.Signals(number).name
+        if number == signal.SIGINT:
+            if self._sigint_at and time.monotonic() - self._sigint_at > SAME_SECONDS:
+                raise KeyboardInterrupt
+            self._sigint_at = self._sigint_at or time.monotonic()
+        self.request(signal.Signals(number).name)

@@ -143,3 +143,15 @@ def _after_launch(words: list[str]) -> list[str] | None:
         ):
             return words[position:]
     return None
+
+
+def was_launched(env: dict[str, str] | os._Environ[str]) -> bool:
+    """Whether torchrun or `accelerate launch` started this process, so that its parent is the launcher."""
+    return "TORCHELASTIC_RUN_ID" in env or "ACCELERATE_MIXED_PRECISION" in env
+
+
+def slurm_job(env: dict[str, str] | os._Environ[str]) -> str | None:
+    """This SLURM job as `squeue` names it: 12, or 31_1 for a task of an array; None outside of a job."""
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")

@@ -27,9 +27,9 @@ class Window:
         self.runtime, self.accumulate, self.losses = runtime, accumulate, list(losses)
         self._pending: list[torch.Tensor] = []
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Adds the loss of one micro-batch: a scalar, times the world size."""
-        self._pending.append(loss)
+    def add(self, losses: list[torch.Tensor]) -> None:
+        """Adds the losses of a step's micro-batches: scalars, times the world size."""
+        self._pending += losses
 
     def meet(self, *flags: float) -> list[float]:
         """Adds up the new losses, and with them `flags`, over all ranks; returns the sums of the flags."""
@@ -40,51 +40,67 @@ class Window:
         self._pending.clear()
         return sums[len(steps) :]
 
+    def first_nonfinite(self) -> int | None:
+        """How many steps before the last one the first loss of the window that is not finite lies."""
+        for position, loss in enumerate(self.losses):
+            if not math.isfinite(loss):
+                return len(self.losses) - 1 - position
+        return None
+
     def take(self) -> float:
-        """The mean loss per step, rounded once, and a new window."""
-        mean = math.fsum(self.losses) / len(self.losses)
+        """The mean loss per step, rounded once, of the steps that were not skipped; and a new window."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
         self.losses = []
-        return mean
+        return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 class Clock:
-    """The time that steps take, evaluation and saving left out."""
+    """The time that steps take, evaluation and saving left out.
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
+    Args:
+        account: where seconds are added, by name: `productive`, `waiting for data`, and those set `aside`.
+    """
+
+    def __init__(self, batch_size: int, account: dict[str, float]) -> None:
+        self.batch_size, self.account = batch_size, account
+        self.data_seconds = 0.0  # counted by the loop, since the last `settle`
+        self._aside = 0.0
+        self._settled = time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
-        self.start, self.steps, self.data_seconds, self.paused_seconds = (
-            time.perf_counter(),
-            0,
-            0.0,
-            0.0,
-        )
+        self.steps, self._seconds, self._waiting = 0, 0.0, 0.0  # since the last row
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def aside(self, name: str) -> Iterator[None]:
         """What happens inside is no training step."""
         begin = time.perf_counter()
         yield
-        self.paused_seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._aside += seconds
+        self.account[name] += seconds
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training steps since the last row."""
-        return time.perf_counter() - self.start - self.paused_seconds
+    def settle(self) -> None:
+        """Brings the account up to now."""
+        now = time.perf_counter()
+        seconds, waiting = now - self._settled - self._aside, self.data_seconds
+        self._settled, self._aside, self.data_seconds = now, 0.0, 0.0
+        self._seconds += seconds
+        self._waiting += waiting
+        self.account["productive"] += seconds - waiting
+        self.account["waiting for data"] += waiting
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean seconds of a training step since the last row."""
-        return self.seconds / max(self.steps, 1)
+        """Mean seconds of a training step since the last row, as far as it is settled."""
+        return self._seconds / max(self.steps, 1)
 
     def take(self, steps_left: int) -> dict[str, float]:
         """Speed since the last row, as metrics, and a new start."""
-        seconds, steps = max(self.seconds, 1e-9), max(self.steps, 1)
+        seconds, steps = max(self._seconds, 1e-9), max(self.steps, 1)
         values = {
             "perf/samples_per_second": self.batch_size * steps / seconds,
-            "perf/data_share": self.data_seconds / seconds,
+            "perf/data_share": self._waiting / seconds,
             "perf/seconds_left": steps_left * seconds / steps,
         }
         self._restart()

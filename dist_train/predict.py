@@ -132,7 +132,10 @@ def evaluate_run(place: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
                 sets = data.build(config)
             task = tasks.build(config)
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
-        return evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
+        metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
+        for _, reason in unread if ranks.is_main else ():
+            print(f"left out: {reason}", file=sys.stderr)
+        return metrics
     finally:
         runtime.stop()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -26,8 +27,9 @@ class Progress:
         """Shows a row of metrics; drawn now and at no other time, so that no thread works beside the loop."""
         text = describe(row)
         if self._bar:
-            self._bar.update(self._task, completed=step, shown=text)
-            self._bar.refresh()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.update(self._task, completed=step, shown=text)
+                self._bar.refresh()
             if "eval/loss" in row:
                 self.say(f"step {step:,}/{self.total:,}  {text}")
         else:
@@ -35,16 +37,18 @@ class Progress:
             self.say(f"step {step:,}/{self.total:,}  {text}" + (f"  {clock(left)} left" if left else ""))
 
     def say(self, text: str) -> None:
-        """Shows a line."""
-        if self._bar:
-            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        """Shows a line. A terminal or pipe that is gone stops nothing."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Gives the terminal back."""
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
 
 

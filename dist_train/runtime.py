@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
 from dist_train.config import Config, UserError
-from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks
+from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks, was_launched
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,7 @@ def cpu_threads(wanted: int | None, local_world_size: int, env: dict[str, str] |
     if wanted:
         return wanted
     # torchrun and Accelerate set 1 where the user set nothing; that is no wish of the user's.
-    launched = "TORCHELASTIC_RUN_ID" in env or "ACCELERATE_MIXED_PRECISION" in env
-    launcher_default = launched and env.get("OMP_NUM_THREADS") == "1"
+    launcher_default = was_launched(env) and env.get("OMP_NUM_THREADS") == "1"
     if env.get("OMP_NUM_THREADS", "").isdigit() and not launcher_default:
         return max(1, int(env["OMP_NUM_THREADS"]))
     return max(1, allowed_cpus() // local_world_size)

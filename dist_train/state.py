@@ -31,6 +31,7 @@ class State:
     best: float | None = None  # best value of the metric that chooses the best checkpoint
     metrics: dict[str, float] = field(default_factory=dict)  # of an evaluation at this very step
     losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics
+    skipped: int = 0  # steps whose update was dropped because it was not finite
 
     @property
     def evaluated(self) -> nn.Module:
@@ -68,8 +69,9 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
     return State(model, optim.build(config, model), average)
 
 
-def to_dict(config: Config, state: State, data: Data, scaler: Any) -> dict[str, Any]:
+def to_dict(config: Config, state: State, data: Data, ranks: Runtime) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run, an evaluation or a prediction starts from."""
+    scaler = ranks.accelerator.scaler
     return {
         "format": checkpoint.FORMAT,
         "step": state.step,
@@ -81,6 +83,8 @@ def to_dict(config: Config, state: State, data: Data, scaler: Any) -> dict[str, 
         "best": state.best,
         "metrics": state.metrics,
         "losses": state.losses,
+        "skipped": state.skipped,
+        "world_size": ranks.world_size,  # of no meaning for the steps to come: for the replay of this one
         "classes": data.classes,
         "sample_shape": list(data.sample_shape),
     }
@@ -103,20 +107,23 @@ def choose(config: Config, warn: Any) -> Path | None:
     return None if config.resume in ("auto", "never") else checkpoint.find(config.resume)
 
 
-def restore(config: Config, path: Path, state: State, scaler: Any) -> list[str]:
+def restore(
+    config: Config, path: Path, state: State, ranks: Runtime, allow_changes: bool = False
+) -> list[str]:
     """Fills `state` from a checkpoint; returns notes for the user.
 
-    Raises UserError if the configuration differs in a way that would make it another training.
+    Raises UserError if the configuration differs in a way that would make it another training, unless
+    that is allowed.
     """
     saved = checkpoint.load(path, verified=True)
     own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
     before = to_mapping(from_mapping(saved["config"]))  # with the keys that are new since then
     differences = list(changes(before, to_mapping(config)))
     harmful = [change for change in differences if not is_harmless(change)]
-    if harmful and own:
+    if harmful and own and not allow_changes:
         raise UserError(
             f"{config.run_dir}: the run was started with another configuration ({'; '.join(harmful)});"
-            " choose another run.name, or put the values back."
+            " choose another run.name, put the values back, or allow it by --allow-changes."
         )
     try:
         state.model.load_state_dict(saved["model"])
@@ -126,12 +133,19 @@ def restore(config: Config, path: Path, state: State, scaler: Any) -> list[str]:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: does not fit the model of this configuration: {reason}") from None
-    if scaler and saved["scaler"]:
+    if (scaler := ranks.accelerator.scaler) and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     state.step, state.best = saved["step"], saved["best"]
     state.metrics, state.losses = saved["metrics"], saved["losses"]
+    state.skipped = saved.get("skipped", 0)
     noted = [change for change in differences if not change.startswith("run.")]
-    return [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
+    notes = [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
+    if own and saved.get("world_size", ranks.world_size) != ranks.world_size:
+        notes.append(
+            f"{ranks.world_size} processes now, {saved['world_size']} before: the global batch stays"
+            f" {config.train.batch_size}"
+        )
+    return notes
 
 
 def _restore_optimizer(config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
@@ -145,9 +159,10 @@ def _restore_optimizer(config: Config, optimizer: torch.optim.Optimizer, saved: 
 
 
 HARMLESS = (
-    "run.", "device", "threads", "timeout_seconds", "resume", "compile", "channels_last", "deterministic",
-    "data.root", "data.workers", "data.prefetch", "data.pin_memory", "eval.", "checkpoint.", "log.",
-    "wandb.", "train.accumulate",
+    "run.", "device", "threads", "timeout_seconds", "watchdog_seconds", "stop_after", "on_nonfinite",
+    "max_skips", "resume", "compile", "channels_last", "deterministic",
+    "data.root", "data.on_bad_sample", "data.workers", "data.prefetch", "data.pin_memory",
+    "eval.", "checkpoint.", "log.", "wandb.", "train.accumulate",
 )  # fmt: skip
 
 

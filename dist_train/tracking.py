@@ -7,45 +7,75 @@ through a queue, from a thread, and a server that can't be reached costs one war
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import queue
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_train.config import Config, to_mapping
-from dist_train.progress import Progress
+from dist_train.launchers import slurm_job
+from dist_train.progress import Progress, clock
 
 INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
 FINISH_SECONDS = 30  # how long the end of a run waits for W&B
+SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")
+UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
 STATUS_SECONDS = 1  # how old status.json may be: replacing a file can wait for the disk
 
 
 class Tracker:
-    """Rank 0's record of one attempt. `progress` shows what is recorded."""
+    """Rank 0's record of one attempt. `progress` shows what is recorded.
 
-    def __init__(self, config: Config, progress: Progress, total_steps: int) -> None:
+    A full disk or a lost folder doesn't reach the training: lines wait in memory until they can be written.
+
+    Args:
+        started: time.time() at the beginning of this attempt.
+        resumed: the step of the checkpoint it goes on from, or 0.
+        processes: the world size.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        total_steps: int,
+        started: float,
+        resumed: int,
+        processes: int,
+    ) -> None:
         self.folder, self.progress, self.total_steps = config.run_dir, progress, total_steps
+        self.started, self.processes = started, processes
         before = read_status(self.folder)
         self.attempt = int(before.get("attempts", 0)) + 1
-        self._seconds_before = float(before.get("seconds", {}).get("total", 0.0))
-        self._productive = float(before.get("seconds", {}).get("productive", 0.0))
-        self._start = time.monotonic()
-        self._metrics = _open_lines(self.folder / "metrics.jsonl")
-        self._log = (self.folder / "log.txt").open("a", encoding="utf-8")
+        self.account = Account.after(before, resumed)
+        self.step, self.trouble = resumed, ""
+        self._speed: float | None = None
+        self._metrics = Lines(self.folder / "metrics.jsonl")
+        self._log = Lines(self.folder / "log.txt")
+        self._bad = Lines(self.folder / "bad_samples.jsonl")
+        self._known_bad = {line["sample"] for line in read_lines(self._bad.path)}
         self._mirror = Mirror(config, self.say) if config.wandb.mode != "disabled" else None
         self._status_at = -math.inf
-        self.status("running", 0)
+        self.status("running", resumed)
 
     @property
     def seconds(self) -> float:
         """Seconds that the run has taken so far, over all attempts."""
-        return self._seconds_before + time.monotonic() - self._start
+        return self.account.before + time.time() - self.started
+
+    @property
+    def between_interruptions(self) -> float:
+        """Mean seconds between interruptions of this run; several hours where there was none."""
+        return self.seconds / (self.attempt - 1) if self.attempt > 1 else max(self.seconds, UNDISTURBED)
 
     def log(self, step: int, epoch: int, values: dict[str, Any]) -> None:
         """Records a row of metrics after `step` optimizer steps."""
@@ -56,8 +86,8 @@ class Tracker:
             "attempt": self.attempt,
         }
         row |= values
-        self._metrics.write(json.dumps({k: _finite(v) for k, v in row.items()}) + "\n")
-        self._metrics.flush()
+        self._metrics.add(json.dumps({k: _finite(v) for k, v in row.items()}))
+        self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
         if self._mirror:
             self._mirror.rows.put(row)
@@ -65,43 +95,156 @@ class Tracker:
     def say(self, text: str) -> None:
         """Shows a line and keeps it in log.txt."""
         self.progress.say(text)
-        if not self._log.closed:  # W&B's thread may have the last word
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-            self._log.flush()
+        self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
-    def productive(self, seconds: float) -> None:
-        """Counts seconds of training steps, for the share of productive time."""
-        self._productive += seconds
+    def warn(self, text: str) -> None:
+        """Says a line that status.json keeps, too, until there is a newer one."""
+        self.trouble = text
+        self.say(text)
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
+    def bad_samples(self, samples: list[tuple[str, str]]) -> None:
+        """Lists samples that could not be read, as (sample, reason), each once."""
+        for sample, reason in samples:
+            if sample not in self._known_bad:
+                self._known_bad.add(sample)
+                self._bad.add(json.dumps({"sample": sample, "reason": reason}))
+                self.warn(f"left out: {reason}")
+
+    def status(self, state: str, step: int, reason: str = "", skipped: int = 0) -> None:
         """Writes status.json: running, completed, interrupted or failed, and why."""
         now = time.monotonic()
         if state == "running" and now - self._status_at < STATUS_SECONDS:
             return
-        self._status_at = now
+        self._status_at, self.step = now, step
         status = {
             "state": state,
             "step": step,
             "total_steps": self.total_steps,
             "attempts": self.attempt,
+            "processes": self.processes,
             "reason": reason,
+            "trouble": self.trouble,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": slurm_job(os.environ),
+            "lost_steps": self.account.lost_steps,
+            "skipped_steps": skipped,
+            "bad_samples": len(self._known_bad),
+            "samples_per_second": self._speed,
+            "goodput": round(self.account.seconds["productive"] / max(self.seconds, 1e-9), 4),
             "seconds": {
                 "total": round(self.seconds, 3),
-                "productive": round(self._productive, 3),
+                **{name: round(value, 3) for name, value in self.account.seconds.items()},
             },
         }
         temporary = self.folder / "status.json.tmp"
-        temporary.write_text(json.dumps(status, indent=2) + "\n")
-        os.replace(temporary, self.folder / "status.json")
+        try:
+            temporary.write_text(json.dumps(status, indent=2) + "\n")
+            os.replace(temporary, self.folder / "status.json")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if not self.trouble:
+                self.warn(f"{self.folder}/status.json could not be written: {error.strerror}.")
 
-    def close(self, state: str, step: int, reason: str = "") -> None:
+    def fail(self, reason: str) -> None:
+        """Records, from whichever thread, that the process is about to be ended."""
+        self.status("failed", self.step, reason)
+        self.say(reason)
+
+    def close(self, state: str, step: int, reason: str = "", skipped: int = 0) -> None:
         """Ends the attempt's record."""
-        self.status(state, step, reason)
+        self.status(state, step, reason, skipped)
+        self.say(self.account.told(self.seconds, self.attempt))
         self.progress.close()
         if self._mirror:
-            self._mirror.close(failed=state == "failed")
-        self._metrics.close()
-        self._log.close()
+            seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
+            goodput = self.account.seconds["productive"] / max(self.seconds, 1e-9)
+            counts = {"attempts": self.attempt, "lost_steps": self.account.lost_steps}
+            self._mirror.close(state == "failed", {"goodput": goodput, **counts, **seconds})
+        for lines in (self._metrics, self._log, self._bad):
+            lines.close()
+
+
+@dataclass
+class Account:
+    """Where a run's time went, over all its attempts."""
+
+    before: float  # seconds of the attempts before this one
+    lost_steps: int  # steps that were done again, since no checkpoint held them
+    seconds: dict[str, float]
+
+    @classmethod
+    def after(cls, status: dict[str, Any], resumed: int) -> Account:
+        """The account of an attempt that goes on from step `resumed`, after one that left `status`."""
+        old = status.get("seconds", {})
+        account = cls(
+            before=float(old.get("total", 0.0)),
+            lost_steps=int(status.get("lost_steps", 0)),
+            seconds={name: float(old.get(name, 0.0)) for name in SECONDS},
+        )
+        done = int(status.get("step", 0))
+        if done > resumed:  # what they cost is known on average only
+            share = (done - resumed) / (done + account.lost_steps)
+            moved = account.seconds["productive"] * share
+            account.seconds["productive"] -= moved
+            account.seconds["lost"] += moved
+            account.lost_steps += done - resumed
+        return account
+
+    def add(self, name: str, seconds: float) -> None:
+        """Counts seconds as one of SECONDS."""
+        self.seconds[name] += seconds
+
+    def told(self, total: float, attempts: int) -> str:
+        """The account as a line of text."""
+        parts = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.5)
+        share = self.seconds["productive"] / max(total, 1e-9)
+        lost = f", {self.lost_steps:,} steps done again" if self.lost_steps else ""
+        tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        return f"goodput {share:.0%} of {clock(total)} in {tries}{lost} ({parts or 'all under 1s'})"
+
+
+class Lines:
+    """A file that lines are appended to, each whole; those that can't be written now are written later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = b""
+        self._lock = threading.Lock()  # W&B and the checkpoint's writer have something to say, too
+        self._file: int | None = None
+        self._size = 0
+
+    def add(self, line: str) -> None:
+        """Appends a line."""
+        with self._lock, contextlib.suppress(OSError):
+            self._waiting += line.encode() + b"\n"
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                self._size = os.fstat(self._file).st_size
+                if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
+                    self._waiting = b"\n" + self._waiting  # ends a line that a kill cut short
+            written = os.write(self._file, self._waiting)
+            if written < len(self._waiting):  # the disk is full
+                os.ftruncate(self._file, self._size)
+                return
+            self._size += written
+            self._waiting = b""
+
+    def close(self) -> None:
+        """Closes the file; what could not be written is lost."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._file is not None:
+                os.close(self._file)
+            self._file = None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines; what a kill cut short is left out."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -118,11 +261,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     Rows that a later attempt took back, because it went on from an earlier step, are left out.
     """
     rows: list[dict[str, Any]] = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a kill
-            continue
+    for row in read_lines(folder / "metrics.jsonl"):
         while rows and rows[-1]["attempt"] < row["attempt"] and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append(row)
@@ -137,6 +276,7 @@ class Mirror:
 
         self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._wandb, self._say, self._failed = wandb, say, False
+        self._summary: dict[str, Any] = {}
         mode = config.wandb.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
@@ -146,14 +286,14 @@ class Mirror:
         self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
         self._thread.start()
 
-    def close(self, failed: bool) -> None:
+    def close(self, failed: bool, summary: dict[str, Any]) -> None:
         """Hands over the last rows, and waits for W&B no longer than FINISH_SECONDS."""
-        self._failed = failed
+        self._failed, self._summary = failed, summary
         self.rows.put(None)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._say("W&B: did not finish in time; metrics.jsonl holds every row.")
-            self._say = lambda text: None  # log.txt is about to be closed
+            self._say = lambda text: None  # the run's record is closed
 
     def _run(self) -> None:
         try:
@@ -162,6 +302,7 @@ class Mirror:
             run.define_metric("*", step_metric="step")
             while (row := self.rows.get()) is not None:
                 run.log(row)
+            run.summary.update(self._summary)
             run.finish(exit_code=int(self._failed))
         except Exception as error:
             self._say(f"W&B: {_first_line(error)}; the training goes on, metrics.jsonl holds every row.")
@@ -223,14 +364,3 @@ def _has_key(wandb: Any) -> bool:
 def _finite(value: Any) -> Any:
     """JSON knows no NaN and no infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _open_lines(path: Path) -> Any:
-    """A file of lines to append to; a last line that a kill cut short is ended first."""
-    file = path.open("a+", encoding="utf-8")
-    if file.tell():
-        with path.open("rb") as tail:
-            tail.seek(-1, os.SEEK_END)
-            if tail.read() != b"\n":
-                file.write("\n")
-    return file

@@ -1,15 +1,12 @@
-"""The loop: one for one CPU, one MPS device, or many GPUs on many nodes.
+"""Training a run: builds what the loop needs, restores the state, keeps the record, says how it ended.
 
-The state of a run is (config, step, tensors); the order of samples, augmentation, dropout and learning
-rate are functions of the step. So a run that was killed anywhere goes on exactly, from any checkpoint.
-`fit` prepares what the loop needs and keeps the record; `_loop` is the loop.
+The loop itself is in loop.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,18 +17,16 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, Every, UserError, from_mapping, load, to_yaml
-from dist_train.evaluate import evaluate
+from dist_train.config import Config, UserError, from_mapping, load, to_yaml
 from dist_train.interrupt import Interrupt
-from dist_train.keys import key
-from dist_train.meters import Best, Clock, Window
+from dist_train.lock import Lock
+from dist_train.loop import loop
+from dist_train.meters import Clock
 from dist_train.progress import Progress
-from dist_train.runtime import Runtime, seed_device
-from dist_train.state import State
+from dist_train.runtime import Runtime
 from dist_train.task import Task
-from dist_train.tracking import Tracker
-
-MEET_SECONDS = 2.0  # ranks agree on interruptions and timed saves about this often, or more often
+from dist_train.tracking import SECONDS, Tracker
+from dist_train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,8 @@ def fit(
     train_data: Any = None,
     eval_data: Any = None,
     task: Task | None = None,
+    allow_changes: bool = False,
+    started: float | None = None,
 ) -> Result:
     """Trains what `config` says, or goes on with it where its run's folder holds a checkpoint.
 
@@ -58,9 +55,12 @@ def fit(
         config: a Config, nested dicts, or the path of a YAML file.
         model, train_data, eval_data, task: used instead of what the configuration names. Data sets are
             map-style, of (image `[C, H, W]`, target); `train_data.classes` names the classes, if any.
+        allow_changes: go on also with a configuration that is not the one the run was started with.
+        started: time.time() from which this attempt's seconds are counted; now, if not given.
 
-    Raises UserError for mistakes in the configuration or the data.
+    Raises UserError for mistakes in the configuration or the data, RunError for what ended the run.
     """
+    started = started or time.time()
     if isinstance(config, Mapping):
         config = from_mapping(config)
     elif not isinstance(config, Config):
@@ -69,7 +69,7 @@ def fit(
     with Interrupt() as interrupt:
         ranks = runtime.start(config)
         try:
-            return _fit(config, ranks, interrupt, model, train_data, eval_data, task)
+            return _fit(config, ranks, interrupt, started, model, train_data, eval_data, task, allow_changes)
         finally:
             runtime.stop()
 
@@ -87,13 +87,16 @@ def _fit(
     config: Config,
     ranks: Runtime,
     interrupt: Interrupt,
+    started: float,
     model: nn.Module | None,
     train_data: Any,
     eval_data: Any,
     task: Task | None,
+    allow_changes: bool,
 ) -> Result:
     """Builds everything, restores the state, runs the loop, and says how it ended."""
     notes: list[str] = []
+    lock = Lock(config.run_dir) if ranks.is_main else None
     with ranks.together():
         runtime.micro_batch(config.train.batch_size, ranks.world_size, config.train.accumulate)
         task = task or tasks.build(config)
@@ -102,159 +105,86 @@ def _fit(
         state = states.build(config, ranks, sets, model)
         per_epoch = sets.steps_per_epoch(config)
         total = config.train.steps or (config.train.epochs or 0) * per_epoch
-        schedule = optim.schedule(config, total, per_epoch)
+        optim.schedule(config, total, per_epoch)  # its errors
+        if lock:
+            lock.check(notes.append)
         start = states.choose(config, notes.append) if ranks.is_main else None
     start = ranks.from_main(start)
     with ranks.together():
         if start:
-            notes += states.restore(config, start, state, ranks.accelerator.scaler)
+            notes += states.restore(config, start, state, ranks, allow_changes)
     if state.step >= total and state.metrics:
         if ranks.is_main:
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics)
     with ranks.together():
-        tracker = _open_record(config, total, state.step) if ranks.is_main else None
+        if lock:
+            _take(lock, config, notes)
+        newest = states.choose(config, lambda text: None) if lock else None
+    newest = ranks.from_main(newest)
+    tracker = saver = None
+    with ranks.together():
+        if newest and newest != start:  # another attempt has saved it in the meantime
+            notes += states.restore(config, newest, state, ranks, allow_changes)
+        if lock:
+            tracker, saver = _open_record(config, ranks, total, started, state, notes)
     if tracker:
-        for note in [*sets.notes, *notes, _describe(config, ranks, sets, total)]:
+        for note in [*sets.notes, _describe(config, ranks, sets, total)]:
             tracker.say(note)
+    account = tracker.account.seconds if tracker else dict.fromkeys(SECONDS, 0.0)
+    watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
     end, reason = "failed", ""
     try:
-        reason = _loop(config, ranks, interrupt, state, sets, task, tracker, schedule, total)
+        account["starting"] += time.time() - started
+        clock = Clock(config.train.batch_size, account)
+        if any(ranks.gather(interrupt.is_set())):  # a signal came while all this was built
+            reason = interrupt.reason or "a signal to another rank"
+        else:
+            reason = loop(config, ranks, interrupt, state, sets, task, tracker, saver, watchdog, clock, total)
         end = "interrupted" if reason else "completed"
+    except KeyboardInterrupt:
+        end, reason = "interrupted", "a second SIGINT"
+        raise
     except BaseException as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise
     finally:
-        if tracker:
-            tracker.close(end, state.step, reason)
+        watchdog.stop()
+        if saver and end == "failed":
+            saver.wait()
+        if tracker and lock:
+            tracker.close(end, state.step, reason, state.skipped)
+            lock.release()
     return Result(config.run_dir, end, state.step, state.metrics)
 
 
-def _loop(
-    config: Config,
-    ranks: Runtime,
-    interrupt: Interrupt,
-    state: State,
-    sets: data.Data,
-    task: Task,
-    tracker: Tracker | None,  # on rank 0
-    schedule: Callable[[int], float],
-    total: int,
-) -> str:
-    """Trains from `state.step` to `total`; returns why it stopped before the end, or nothing."""
-    accelerator, device = ranks.accelerator, ranks.device
-    accumulate, clip_norm = config.train.accumulate, config.train.clip_norm
-    per_epoch = sets.steps_per_epoch(config)
-    eval_every, save_every = Every.parse(config.eval.every), Every.parse(config.checkpoint.every)
-    best = Best.parse(config.checkpoint.best or task.best)
-    saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep) if ranks.is_main else None
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)  # may move the weights
-    if not accelerator.scaler:  # the wrapper costs 60 us a step, and only fp16's loss scale needs it
-        optimizer = state.optimizer
-    # Accelerate's divides the loss by its own accumulation, 1 here; only a loss scale needs it.
-    backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
-    model.train()
-    weights = [weight for weight in state.model.parameters() if weight.requires_grad]
-    average = None
-    if state.average:
-        average = optim.average_updater(state.average, state.model, config.train.ema)
-    eval_batches = sets.eval_loader(config, ranks)
-    batches = iter(sets.train_loader(config, ranks, state.step, total))
-    window, clock = Window(ranks, accumulate, state.losses), Clock(config.train.batch_size)
-    meet_at, saved_at = state.step + 1, time.monotonic()
-
-    def measure() -> None:
-        state.metrics = evaluate(
-            state.evaluated, eval_batches, task, ranks, config.channels_last, interrupt.is_set
-        )
-        if tracker and state.metrics:
-            tracker.log(state.step, (state.step - 1) // per_epoch, state.metrics)
-
-    def save(is_best: bool) -> None:
-        state.losses = window.losses
-        if is_best:
-            state.best = state.metrics[best.metric]
-        if saver:
-            saver.save(states.to_dict(config, state, sets, accelerator.scaler), is_best)
-
-    if (
-        state.step and not state.metrics and (state.step == total or eval_every.due(state.step, per_epoch))
-    ):  # the attempt before was interrupted ahead of this evaluation
-        measure()
-        save(best.improves(state.metrics, state.best))
-
-    for step in range(state.step, total):
-        optim.set_lr(optimizer, lr := schedule(step))
-        for micro in range(accumulate):
-            asked = time.perf_counter()
-            inputs, targets, part = next(batches).to(device, config.channels_last)
-            clock.data_seconds += time.perf_counter() - asked
-            # Keyed by the part of the global batch, not by the rank alone: 2 processes x 1 part drop
-            # the same units as 1 process x 2 parts.
-            seed_device(device, key(config.seed, "noise", step, ranks.rank * accumulate + micro))
-            with nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model):
-                losses = task.loss(model(inputs), targets)
-                # The mean over the global batch, however it was cut; DDP divides by the world size.
-                loss = losses.sum() * (ranks.world_size / part.total if part.size else 0.0)
-                backward(loss)
-            window.add(loss.detach())
-        if clip_norm:
-            accelerator.clip_grad_norm_(weights, clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            average(step)
-
-        state.step, state.metrics = step + 1, {}
-        clock.steps += 1
-        last = state.step == total
-        log_due = last or state.step % config.log.every == 0
-        eval_due = last or eval_every.due(state.step, per_epoch)
-        save_due = last or save_every.due(state.step, per_epoch)
-        if not (log_due or eval_due or save_due or state.step >= meet_at):
-            continue
-        # The one wait for the device and the other ranks: losses, and with them what each rank asks.
-        timed = 0 < save_every.seconds < time.monotonic() - saved_at and ranks.is_main
-        stop, save_now, seconds = window.meet(interrupt.is_set(), timed, clock.seconds_per_step)
-        pace = ranks.world_size * MEET_SECONDS / max(seconds, 1e-9)
-        meet_at = state.step + max(1, min(config.log.every, int(pace)))
-        if log_due:
-            productive = clock.seconds
-            row = {"train/loss": window.take(), "lr": lr, **clock.take(total - state.step)}
-            if tracker:
-                tracker.productive(productive)
-                tracker.log(state.step, step // per_epoch, row)
-        with clock.paused():
-            if eval_due and not stop:
-                measure()
-                stop = not state.metrics  # a signal came in the middle of it: the next attempt repeats it
-            is_best = best.improves(state.metrics, state.best)
-            if save_due or save_now or stop or is_best:
-                save(is_best)
-                saved_at = time.monotonic()
-            if tracker:
-                tracker.status("running", state.step)
-        if stop:
-            break
-    if saver:
-        saver.wait()
-    if state.step < total or not state.metrics:
-        return interrupt.reason or "a signal to another rank"
-    if tracker:
-        names = {"classes": "\n".join(sets.classes)}
-        checkpoint.save_weights(config.run_dir / "model.safetensors", state.evaluated, names)
-    return ""
-
-
-def _open_record(config: Config, total: int, step: int) -> Tracker:
-    """Raises UserError if the run's folder can't be written."""
-    text = to_yaml(config).encode()
+def _take(lock: Lock, config: Config, notes: list[str]) -> None:
+    """Takes the run's lock. Raises UserError if another attempt has it."""
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(config.run_dir / "config.yaml", lambda file: file.write(text))
-        return Tracker(config, Progress(total, step), total)
+        lock.acquire(notes.append)
     except OSError as error:
         raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
+
+
+def _open_record(
+    config: Config, ranks: Runtime, total: int, started: float, state: states.State, notes: list[str]
+) -> tuple[Tracker, checkpoint.Checkpoints]:
+    """The record of this attempt, and where its checkpoints go, on rank 0.
+
+    Raises UserError if the run's folder can't be written.
+    """
+    text = to_yaml(config).encode()
+    try:
+        checkpoint.write_atomically(config.run_dir / "config.yaml", lambda file: file.write(text))
+        tracker = Tracker(config, Progress(total, state.step), total, started, state.step, ranks.world_size)
+        for note in notes:
+            tracker.say(note)
+        saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, tracker.warn)
+    except OSError as error:
+        raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
+    saver.best = state.best
+    return tracker, saver
 
 
 def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> str:

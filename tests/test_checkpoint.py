@@ -29,7 +29,7 @@ def state(step: int, size: int = 4) -> dict[str, Any]:
 
 @pytest.fixture
 def saver(tmp_path: Path) -> checkpoint.Checkpoints:
-    return checkpoint.Checkpoints(tmp_path, keep=2)
+    return checkpoint.Checkpoints(tmp_path, keep=2, say=lambda text: None)
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "step-00000003.pt.tmp").write_bytes(b"half")
-    checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoint.Checkpoints(tmp_path, keep=2, say=print)
     assert names(folder) == []
 
 
@@ -80,15 +80,42 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
     assert path.read_bytes() == b"old"
 
 
-def test_a_save_that_failed_is_told_at_the_next_one(saver: checkpoint.Checkpoints) -> None:
+def test_a_save_that_failed_is_told_and_the_next_one_tries_again(tmp_path: Path) -> None:
+    told: list[str] = []
+    saver = checkpoint.Checkpoints(tmp_path, keep=2, say=told.append)
     shutil.rmtree(saver.folder)
-    saver.save(state(1), best=False)
-    with pytest.raises(FileNotFoundError):
-        saver.save(state(2), best=False)
+    saver.save(state(1), best=True)
+    assert "step-00000001.pt could not be written: No such file or directory" in told_once(saver.wait(), told)
     saver.folder.mkdir()
     saver.save(state(3), best=False)
-    saver.wait()
+    assert saver.wait() == ""
     assert checkpoint.load(saver.folder / "last.pt")["step"] == 3
+
+
+def told_once(failure: str, told: list[str]) -> str:
+    """The failure, if the user heard of it once."""
+    assert len(told) == 1 and failure in told[0]
+    return failure
+
+
+def test_weights_that_are_not_finite_are_never_saved(saver: checkpoint.Checkpoints) -> None:
+    saver.save(state(1), best=False)
+    saver.save(state(2) | {"model": {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}}, best=False)
+    assert "the weights are not finite (b)" in saver.wait()
+    assert names(saver.folder) == ["last.pt", "step-00000001.pt"]
+
+
+def test_the_interval_between_saves_follows_their_cost_and_the_interruptions(
+    saver: checkpoint.Checkpoints,
+) -> None:
+    assert saver.interval(3600) == checkpoint.FIRST_SECONDS
+    saver.stall_seconds = [9.0, 2.0, 2.0]  # the first one also allocates
+    assert saver.interval(3600) == 120  # sqrt(2 x 2 s x 3,600 s)
+    assert saver.interval(4 * 3600) == 240
+    saver.write_seconds = 100
+    assert saver.interval(3600) == 400  # the disk is not kept busy all the time
+    saver.stall_seconds, saver.write_seconds = [1e-6, 1e-6], 0
+    assert saver.interval(3600) == checkpoint.SHORTEST_SECONDS
 
 
 def test_checkpoints_are_written_when_the_configuration_says(

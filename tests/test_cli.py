@@ -12,7 +12,7 @@ from PIL import Image
 import dist_train
 from tests.conftest import SMALL, Finished, one_after_the_other
 
-COMMANDS = ["train", "eval", "predict", "config", "summary", "samples"]
+COMMANDS = ["train", "eval", "predict", "config", "summary", "samples", "replay", "verify"]
 HEAVY = ["torch", "torchvision", "accelerate", "wandb", "matplotlib", "pandas", "scipy"]
 
 

@@ -3,14 +3,15 @@
 Imports nothing else of ours, and not torch: a typo is reported before anything heavy is loaded.
 """
 
-from dist_train.config.errors import UserError, nearest
+from dist_train.config.errors import RunError, UserError, nearest
 from dist_train.config.load import from_mapping, load, to_mapping, to_yaml
 from dist_train.config.objects import construct, import_object
-from dist_train.config.schema import Config, Every, get
+from dist_train.config.schema import Config, Every, get, parse_seconds
 
 __all__ = [
     "Config",
     "Every",
+    "RunError",
     "UserError",
     "construct",
     "from_mapping",
@@ -18,6 +19,7 @@ __all__ = [
     "import_object",
     "load",
     "nearest",
+    "parse_seconds",
     "to_mapping",
     "to_yaml",
 ]

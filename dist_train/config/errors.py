@@ -1,4 +1,4 @@
-"""The one error class of the project, and the sentence that names the nearest right word."""
+"""The two error classes of the project, and the sentence that names the nearest right word."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake that the user can mend: one sentence; the command line prints it and exits with 2."""
 
     everywhere = True  # whether all ranks meet it, so that rank 0 can tell it for all
+
+
+class RunError(Exception):
+    """What ends a run on all ranks and is no bug of the program: one sentence, and exit code 1."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dist_train.config.errors import UserError, nearest
-from dist_train.config.schema import Config, Every, all_keys, each_field, get
+from dist_train.config.schema import Config, Every, all_keys, each_field, get, parse_seconds
 
 
 def load(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -195,6 +195,7 @@ POSITIVE = (
     "threads",
     "timeout_seconds",
     "data.prefetch",
+    "max_skips",
 )
 
 
@@ -219,7 +220,7 @@ def _check_values(config: Config, origin: dict[str, str]) -> None:
 
     for key in POSITIVE:
         at_least(key, 1)
-    for key in ("seed", "data.workers", "train.clip_norm", "optim.lr"):
+    for key in ("seed", "data.workers", "train.clip_norm", "optim.lr", "watchdog_seconds"):
         at_least(key, 0)
     for key in ("train.ema", "data.eval_fraction"):
         at_least(key, 0)
@@ -246,8 +247,13 @@ def _check_values(config: Config, origin: dict[str, str]) -> None:
             every = Every.parse(get(config, key))
         except ValueError as error:
             refuse(key, str(error))
-        if key != "checkpoint.every" and every.seconds:
+        if key != "checkpoint.every" and (every.seconds or every.auto):
             refuse(key, "counts in steps or epochs: time differs from run to run")
+    if config.stop_after is not None:
+        try:
+            parse_seconds(config.stop_after)
+        except ValueError as error:
+            refuse("stop_after", str(error))
     best = config.checkpoint.best
     if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
         refuse("checkpoint.best", f"is written as 'max eval/accuracy' or 'min eval/loss', not {best!r}")

@@ -52,6 +52,12 @@ class DataConfig:
         0.0, "Share of the training set to hold out for evaluation, for data without an eval set."
     )
     shuffle: bool = option(True, "A new order in each epoch; false: always the order of the files.")
+    on_bad_sample: str = option(
+        "stop",
+        "What happens to an image that can't be read. skip: another one takes its place in training, "
+        "evaluation leaves it out, and bad_samples.jsonl lists it.",
+        ("stop", "skip"),
+    )
     drop_last: bool = option(False, "Leave out the last, short global batch of each epoch.")
     workers: int | None = option(
         None,
@@ -130,7 +136,8 @@ class CheckpointConfig:
 
     every: int | str = option(
         "1 epoch",
-        "`500` (steps), `2 epochs`, `10 minutes`, several of them with commas, or `never`.",
+        "`500` (steps), `2 epochs`, `10 minutes`, several of them with commas, `never`, or `auto`: as "
+        "often as is best for what a save costs and how often the run was interrupted.",
     )
     keep: int = option(2, "How many of the newest checkpoints are kept; the best is kept besides.")
     best: str = option(
@@ -144,6 +151,9 @@ class LogConfig:
     """How often a row of metrics is written."""
 
     every: int = option(50, "Optimizer steps between two rows.")
+    batches: bool = option(
+        False, "Record which samples each step read and a checksum of what the model got; slow."
+    )
 
 
 @dataclass
@@ -182,6 +192,21 @@ class Config:
         None, "CPU threads per rank; null: the allowed CPUs, shared by the local ranks."
     )
     timeout_seconds: int = option(600, "How long a rank waits for the others before it gives up.")
+    stop_after: str | None = option(
+        None,
+        "Stop like a signal does, this long after the start: `3h50m` or `90 s`; null: before SLURM's time "
+        "limit, if there is one.",
+    )
+    watchdog_seconds: int = option(
+        480, "No step for so long: the stacks of all threads are written, and the rank fails; 0: never."
+    )
+    on_nonfinite: str = option(
+        "stop",
+        "What happens when a loss or gradient is not finite. skip: the step changes nothing, on any rank; "
+        "costs a wait for the device in each step.",
+        ("stop", "skip"),
+    )
+    max_skips: int = option(10, "How many steps in a row may be skipped before the run stops.")
     resume: str = option(
         "auto",
         "auto: go on from the run's newest checkpoint; never: refuse if the run exists; "
@@ -234,6 +259,7 @@ class Every:
     steps: int = 0
     epochs: int = 0
     seconds: float = 0.0
+    auto: bool = False
 
     @classmethod
     def parse(cls, text: int | str) -> Every:
@@ -247,6 +273,8 @@ class Every:
             "hour": "hours",
         }
         scale = {"seconds": 1, "minutes": 60, "hours": 3600}
+        if str(text).strip() == "auto":
+            return cls(auto=True)
         found: dict[str, Any] = {}
         for part in str(text).split(","):
             match = re.fullmatch(r"\s*(?:(\d+)\s*)?([a-z]*?)s?\s*", part)
@@ -268,3 +296,13 @@ class Every:
     def in_steps(self, steps_per_epoch: int) -> int:
         """The interval as a length in steps."""
         return self.steps + self.epochs * steps_per_epoch
+
+
+def parse_seconds(text: str) -> float:
+    """The seconds in `3h50m`, `90 s`, `1d` or `2 hours`. Raises ValueError with the grammar."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", str(text))
+    total = sum(float(number) * units[unit] for number, unit in parts)
+    if not total or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", "", str(text)):
+        raise ValueError(f"is written as 3h50m, 45m or '90 s', not {text!r}")
+    return total

@@ -11,18 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.loader import Batch, Samples, make_loader
-from dist_train.data.order import DistributedSampler, EvalSampler, steps_per_epoch
+from dist_train.data.loader import Batch, Samples, make_loader, recorded
+from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.keys import key
 from dist_train.runtime import Runtime, micro_batch
 
-__all__ = ["Batch", "Data", "build", "eval_transform"]
+__all__ = ["Batch", "Data", "build", "eval_transform", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Data:
     def steps_per_epoch(self, config: Config) -> int:
         """Optimizer steps in an epoch."""
         return steps_per_epoch(len(self.train), config.train.batch_size, config.data.drop_last)
+
+    def told(self, index: int) -> dict[str, Any]:
+        """What a training sample is known by: its number, and the path of its file if it has one."""
+        name = self.train.name(index)
+        return {"sample": index} | ({} if name.startswith("sample ") else {"path": name})
 
     def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
         """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
@@ -105,9 +111,11 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     training = evaluating
     if options.train_transform is not None:
         training = ImageTransform(options.train_transform, options.mean, options.std)
-    train = Samples(train_data, training, on_target, config.seed)
-    evaluation = Samples(eval_data, evaluating, on_target, config.seed)
-    shape, train_shape = (tuple(samples.sample(0, epoch=0)[0].shape) for samples in (evaluation, train))
+    skip = options.on_bad_sample == "skip"
+    train = Samples(train_data, training, on_target, config.seed, "replace" if skip else "stop")
+    evaluation = Samples(eval_data, evaluating, on_target, config.seed, "leave out" if skip else "stop")
+    first = Part(0, 0, np.arange(1), 1, 1)
+    shape, train_shape = (tuple(samples.samples(first)[0][0][0].shape) for samples in (evaluation, train))
     return Data(train, evaluation, classes, shape, train_shape, notes)
 
 

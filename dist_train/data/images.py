@@ -15,6 +15,10 @@ from torchvision.transforms import v2
 from dist_train.config import UserError
 
 
+class BadSample(UserError):
+    """A sample that is missing or no readable image."""
+
+
 class InMemory(Dataset):
     """Images `[N, C, H, W]` (uint8, or float) and labels `[N, ...]` held as two tensors."""
 
@@ -57,12 +61,12 @@ class ImageFiles(Dataset):
 
 
 def read_image(path: Path, channels: int = 3) -> torch.Tensor:
-    """An image file as uint8 `[C, H, W]`. Raises UserError, naming the file, if it is no image."""
+    """An image file as uint8 `[C, H, W]`. Raises BadSample, naming the file, if it is no image."""
     try:
         with Image.open(path) as image:
             return v2.functional.pil_to_tensor(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such image file.") from None
+        raise BadSample(f"{path}: there is no such image file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}).") from None
+        raise BadSample(f"{path}: not a readable image ({reason}).") from None

@@ -7,11 +7,14 @@ random run once per batch; all else is done sample by sample, with the sample's 
 from __future__ import annotations
 
 import atexit
+import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,10 +22,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate, get_worker_info
 
 from dist_train.config import Config, UserError
-from dist_train.data.images import InMemory
+from dist_train.data.images import BadSample, InMemory
 from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform, seed_sample
 from dist_train.runtime import Runtime, allowed_cpus
+
+MOST_BAD = 100  # in a row: then it isn't the samples
 
 
 class Batch(NamedTuple):
@@ -31,6 +36,7 @@ class Batch(NamedTuple):
     inputs: torch.Tensor  # [B, C, H, W]
     targets: torch.Tensor  # [B, ...]
     part: Part
+    bad: tuple[tuple[str, str], ...] = ()  # samples that could not be read, and why
 
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
         """The batch on `device`; a copy from page-locked memory does not wait."""
@@ -39,6 +45,7 @@ class Batch(NamedTuple):
             self.inputs.to(device, non_blocking=True, memory_format=layout),
             self.targets.to(device, non_blocking=True),
             self.part,
+            self.bad,
         )
 
 
@@ -61,9 +68,10 @@ class Samples(Dataset[Any]):
         transform: ImageTransform,
         target_transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        on_bad: str = "stop",  # "stop", "replace" or "leave out"
     ) -> None:
         self.source, self.transform, self.target_transform = source, transform, target_transform
-        self.seed = seed
+        self.seed, self.on_bad = seed, on_bad
 
     def __len__(self) -> int:
         return len(self.source)
@@ -84,7 +92,7 @@ class Samples(Dataset[Any]):
         """The samples of a micro-batch, transformed as its epoch wants it."""
         memory = in_memory(self.source)
         if memory is None or not self.transform.batched:
-            samples = [self.sample(int(index), part.epoch) for index in part.indices]
+            samples, bad = self.samples(part)
             shapes = {tuple(image.shape): None for image, _ in samples}
             if len(shapes) > 1:
                 one, other = [list(shape) for shape in shapes][:2]
@@ -93,7 +101,7 @@ class Samples(Dataset[Any]):
                     " give them one size, as by {Resize: {size: [64, 64]}}."
                 )
             inputs, targets = default_collate(samples)
-            return Batch(inputs, targets, part)
+            return Batch(inputs, targets, part, tuple(bad))
         index = torch.from_numpy(part.indices)
         if isinstance(self.source, Subset):
             index = torch.as_tensor(self.source.indices)[index]
@@ -102,6 +110,39 @@ class Samples(Dataset[Any]):
         if self.target_transform is not None:
             targets = torch.stack([torch.as_tensor(self.target_transform(t)) for t in targets])
         return Batch(self.transform(images), targets, part)
+
+    def samples(self, part: Part) -> tuple[list[tuple[torch.Tensor, Any]], list[tuple[str, str]]]:
+        """The samples of a micro-batch, and those that can't be read, with the reason.
+
+        A bad one is replaced by the next one of the data set that can be read, or left out. Raises
+        UserError where that is not wanted, and where none can be read.
+        """
+        if self.on_bad == "stop":
+            return [self.sample(int(index), part.epoch) for index in part.indices], []
+        samples, bad = [], []
+        for index in part.indices.tolist():
+            for tried in range(index, index + MOST_BAD):
+                try:
+                    samples.append(self.sample(tried % len(self), part.epoch))
+                    break
+                except (BadSample, OSError, SyntaxError) as error:  # the latter two are PIL's
+                    bad.append((self.name(tried % len(self)), str(error)))
+                    if self.on_bad == "leave out":
+                        break
+            else:
+                raise UserError(
+                    f"{bad[-1][1]} Nor could any of the {MOST_BAD - 1} samples before it be read."
+                )
+        if not samples:
+            raise UserError(f"{bad[-1][1]} Nor could any other sample of its batch be read.")
+        return samples, bad
+
+    def name(self, index: int) -> str:
+        """The path of a sample's file, or its number where there is none."""
+        source: Any = self.source
+        if isinstance(source, Subset):
+            source, index = source.dataset, source.indices[index]
+        return str(source.path(index)) if hasattr(source, "path") else f"sample {index}"
 
     def sample(self, index: int, epoch: int) -> tuple[torch.Tensor, Any]:
         """One transformed sample as (image `[C, H, W]`, target), as this epoch sees it."""
@@ -143,6 +184,22 @@ def make_loader(
         persistent_workers=workers > 0,
         worker_init_fn=partial(_start_worker, _ending) if workers else None,
     )
+
+
+def recorded(batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
+    """`batches`, each written to `path` as a line: its samples, and checksums of what the model gets."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        for batch in batches:
+            line = {
+                "step": batch.part.step + 1,
+                "samples": batch.part.indices[: batch.part.size].tolist(),
+                "inputs": zlib.crc32(batch.inputs.contiguous().numpy().data),
+                "targets": zlib.crc32(batch.targets.contiguous().numpy().data),
+            }
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            yield batch
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,0 +1,197 @@
+"""Proof on a user's own job: killed and gone on, does it end as if nobody had disturbed it?
+
+The job is trained for a few steps, then again with SIGKILLs at random steps, each time by the command that a
+user would give. Then what each step read and the weights after each step are compared, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dist_train import checkpoint, data
+from dist_train.config import Config, RunError, UserError, to_yaml
+from dist_train.data.transforms import ImageTransform, seed_sample
+from dist_train.tracking import read_lines, read_metrics
+
+KILL_SECONDS = 600  # how long to wait for the step at which to kill
+
+
+def verify(
+    config: Config,
+    folder: Path,
+    steps: int,
+    kills: int,
+    processes: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Trains twice in `folder`, undisturbed and killed; returns what differs, one sentence each.
+
+    Args:
+        steps: optimizer steps of each training.
+        seed: chooses the steps at which it is killed.
+
+    Raises UserError if the job can't be trained at all.
+    """
+    config = replace(
+        config,
+        resume="auto",
+        train=replace(config.train, epochs=None, steps=steps),
+        eval=replace(config.eval, every="never"),
+        checkpoint=replace(config.checkpoint, every=1, keep=steps + 1),
+        log=replace(config.log, every=1, batches=True),
+        wandb=replace(config.wandb, mode="disabled"),
+    )
+    undisturbed, killed = folder / "undisturbed", folder / "killed"
+    say(f"training {steps} steps, undisturbed")
+    _train(config, undisturbed, processes)
+    for step in sorted(random.Random(seed).sample(range(1, max(steps - 1, kills + 1)), kills)):
+        _train(config, killed, processes, step)
+        say(f"killed after step {step}")
+    say("going on to the end")
+    _train(config, killed, processes)
+    return list(_differences(config, undisturbed, killed))
+
+
+def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
+    """Trains in a process of its own, to the end, or to a SIGKILL once step `kill_at` is recorded."""
+    config = replace(config, run=replace(config.run, dir=str(run.parent), name=run.name))
+    file = run.with_suffix(".yaml")
+    file.write_text(to_yaml(config))
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    words = [*(launcher if processes > 1 else []), "dist_train", "train", str(file)]
+    log = run.with_suffix(".txt")
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    try:
+        if kill_at:
+            _wait_for(run / "metrics.jsonl", kill_at, process)
+        else:
+            process.wait()
+        if process.returncode:
+            told = [line for line in log.read_text().splitlines() if line.startswith("dist-train: ")]
+            raise UserError(
+                told[-1].removeprefix("dist-train: ") if told else f"the job fails by itself: see {log}"
+            )
+    finally:
+        _kill(process)
+
+
+def _wait_for(metrics: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + KILL_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        rows = list(read_lines(metrics))
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.002)
+    if process.poll() is None:
+        raise RunError(f"step {step} did not come in {KILL_SECONDS} s.")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(family, timeout=10)
+    process.wait()
+
+
+def _differences(config: Config, one: Path, other: Path) -> Iterator[str]:
+    """What differs between two runs, and from which step on."""
+    read_one, read_other = _batches(one), _batches(other)
+    for name, what in (("samples", "the order of samples"), ("inputs", "inputs"), ("targets", "targets")):
+        steps = [key[0] for key in read_one if read_one[key][name] != read_other.get(key, {}).get(name)]
+        if steps:
+            culprit = f": {_culprit(config)}" if name == "inputs" else ""
+            yield f"{what}: differ from step {min(steps)} on{culprit}"
+    rows_one, rows_other = ({row["step"]: row for row in read_metrics(run)} for run in (one, other))
+    for name in ("train/loss", "lr"):
+        steps = [n for n, row in rows_one.items() if row.get(name) != rows_other.get(n, {}).get(name)]
+        if steps:
+            yield f"{name}: differs from step {min(steps)} on"
+    for path in reversed(checkpoint.newest_first(one / "checkpoints")):
+        twin = other / "checkpoints" / path.name
+        if not twin.exists():
+            yield f"weights: the killed run has no checkpoint of step {checkpoint.step_of(path)}"
+            return
+        if names := _unequal(checkpoint.load(path), checkpoint.load(twin)):
+            yield f"weights: differ from step {checkpoint.step_of(path)} on, first in {names[0]}"
+            return
+
+
+def _batches(run: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
+    """What each rank read for each micro-batch of each step, as the last attempt that came to it did."""
+    found: dict[tuple[int, str, int], dict[str, Any]] = {}
+    files = (run / "batches").glob("attempt-*-rank-*.jsonl")
+    for path in sorted(files, key=lambda path: int(path.name.split("-")[1])):
+        rank, step, micro = path.stem.split("-")[-1], 0, 0
+        for line in read_lines(path):
+            micro = micro + 1 if line["step"] == step else 0
+            step = line["step"]
+            found[step, rank, micro] = line
+    return found
+
+
+def _unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Names of the tensors of the model and the optimizer that are not the same bits."""
+    pairs = [(f"model.{name}", value, other["model"][name]) for name, value in one["model"].items()]
+    moments = other["optimizer"]["state"]
+    for number, values in one["optimizer"]["state"].items():
+        for name, value in values.items():
+            pairs.append((f"optimizer.{number}.{name}", value, moments[number][name]))
+    return [
+        name
+        for name, value, twin in pairs
+        if not (torch.equal(value, twin) if isinstance(value, torch.Tensor) else value == twin)
+    ]
+
+
+def _culprit(config: Config) -> str:
+    """Which part of the data path gives the same sample differently when it is asked twice."""
+    samples = data.build(config).train
+    for index in range(min(len(samples), 8)):
+        images = []
+        for _ in range(2):
+            seed_sample(config.seed, 0, index)
+            images.append(samples.source[index][0])
+        if not _same(*images):
+            return f"the data set '{config.data.name}' itself draws random numbers of its own"
+        names = config.data.train_transform
+        names = config.data.eval_transform if names is None else names
+        for position, name in enumerate(names):
+            step = ImageTransform([name]).geometry
+            results = []
+            for _ in range(2):
+                seed_sample(config.seed, 0, index)
+                results.append(step(images[0]))
+            if not _same(*results):
+                told = next(iter(name)) if isinstance(name, dict) else name
+                key = "eval" if config.data.train_transform is None else "train"
+                return (
+                    f"data.{key}_transform[{position}], '{told}', draws random numbers that are not keyed:"
+                    " take them from torch, random or numpy.random, which are seeded for each sample"
+                )
+            images[0] = results[0]
+    return "none of the transforms alone; what they read may have changed meanwhile"
+
+
+def _same(one: Any, other: Any) -> bool:
+    plain = ImageTransform()
+    return torch.equal(plain(one), plain(other))

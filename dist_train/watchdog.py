@@ -1,0 +1,182 @@
+"""The watchdog: a thread beside a rank's loop that notices what the loop itself can't.
+
+A step that never ends, a launcher that is gone, a deadline, and a lock that another attempt has taken.
+It only asks to stop, as a signal does; of a hang it writes the stacks and ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+import torch.distributed as dist
+
+from dist_train.config import Config, parse_seconds
+from dist_train.interrupt import Interrupt
+from dist_train.launchers import slurm_job, was_launched
+from dist_train.lock import RENEW_SECONDS, Lock
+from dist_train.runtime import Runtime
+
+LOOK_SECONDS = 1.0
+SILENT_SECONDS = 5.0  # a rank that has told nothing for so long is stopped or gone
+MARGIN_SECONDS = 60.0  # kept of SLURM's time limit for the last save
+
+
+class Watchdog:
+    """Looks after this rank until `stop`.
+
+    Args:
+        fail: hears, on rank 0, the reason for which the process is about to be ended.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Runtime,
+        interrupt: Interrupt,
+        started: float,
+        lock: Lock | None,
+        fail: Callable[[str], None] | None,
+    ) -> None:
+        self.folder, self.seconds = config.run_dir / "stacks", config.watchdog_seconds
+        self.ranks, self.interrupt, self.lock, self.fail = ranks, interrupt, lock, fail
+        self.at = (time.monotonic(), 0, "starting")
+        self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
+        self._parent = os.getppid() if was_launched(os.environ) else None
+        self._store = _store() if ranks.world_size > 1 else None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, doing: str) -> None:
+        """Tells that the loop moves: what it does now, after `step` optimizer steps."""
+        self.at = (time.monotonic(), step, doing)
+
+    def stop(self) -> None:
+        """Ends the watch."""
+        self._ended.set()
+        self._thread.join(2 * LOOK_SECONDS)
+
+    def _run(self) -> None:
+        renewed = 0.0
+        while not self._ended.wait(LOOK_SECONDS):
+            now = time.monotonic()
+            if self._parent and os.getppid() != self._parent:
+                self.interrupt.request("the launcher is gone")
+            if self._deadline and time.time() >= self._deadline:
+                self.interrupt.request(self._deadline_name)
+            if self.lock and now - renewed >= RENEW_SECONDS:
+                renewed = now
+                if not self.lock.renew():
+                    print(
+                        f"dist-train: another attempt has taken {self.lock.path}; this one ends.",
+                        file=sys.stderr,
+                    )
+                    os._exit(1)
+            self._publish()
+            if self.seconds and now - self.at[0] > self.seconds:
+                self._bite()
+
+    def _publish(self) -> None:
+        """Tells the other ranks where this one is."""
+        if self._store:
+            _, step, doing = self.at
+            with contextlib.suppress(RuntimeError):  # the store is gone, with the launcher or rank 0
+                self._store.set(f"at/{self.ranks.rank}", json.dumps([time.time(), step, doing]))
+
+    def _bite(self) -> None:
+        """Writes the stacks, names the rank that came last, and ends the process."""
+        _, step, doing = self.at
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(exist_ok=True)
+            with (self.folder / f"rank-{self.ranks.rank}.txt").open("w") as file:
+                file.write(f"rank {self.ranks.rank} after step {step}: {doing}, {time.ctime()}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        reason = f"no step for {self.seconds} s; {self._last()}; the stacks of each rank are in {self.folder}"
+        if self.fail:
+            self.fail(reason)
+        self._ended.wait(3 * LOOK_SECONDS)  # the end of this rank would end the others before they write
+        if not self._ended.is_set():
+            print(f"dist-train: rank {self.ranks.rank}: {reason}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _last(self) -> str:
+        """Which rank came last, in words."""
+        if self._store is None:
+            return f"it was {self.at[2]} after step {self.at[1]}"
+        places: dict[int, tuple[float, int, str]] = {}
+        # In a thread of its own: a store whose rank is stopped would not answer.
+        asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
+        asking.start()
+        asking.join(2 * LOOK_SECONDS)
+        return last_rank(places, self.ranks.world_size, time.time())
+
+    def _ask(self, places: dict[int, tuple[float, int, str]]) -> None:
+        assert self._store
+        for rank in range(self.ranks.world_size):
+            if self._store.check([f"at/{rank}"]):
+                places[rank] = tuple(json.loads(self._store.get(f"at/{rank}")))
+
+
+ORDER = ("starting", "waiting for data", "computing", "waiting for other ranks", "evaluating", "saving")
+
+
+def last_rank(places: Mapping[int, tuple[float, int, str]], world_size: int, now: float) -> str:
+    """Which rank came last, in words.
+
+    Args:
+        places: of each rank that is known the time at which it told, its step, and what it did.
+    """
+    if not places:
+        return "the store does not answer, so rank 0 or the launcher, which keeps it, came last"
+    silent = [r for r in range(world_size) if r not in places or now - places[r][0] > SILENT_SECONDS]
+    if silent:
+        names = ", ".join(map(str, silent))
+        return f"rank {names} came last: nothing was heard of it for {SILENT_SECONDS:.0f} s or more"
+    rank = min(places, key=lambda r: (places[r][1], ORDER.index(places[r][2])))
+    _, step, doing = places[rank]
+    same = [r for r in places if places[r][1:] == places[rank][1:]]
+    if len(same) == world_size > 1:
+        return f"all ranks are {doing} after step {step}"
+    return f"rank {rank} came last: it is {doing} after step {step}"
+
+
+def _store() -> dist.Store:
+    """The key-value store by which the ranks met."""
+    return dist.PrefixStore("dist_train/watchdog", dist.distributed_c10d._get_default_store())
+
+
+def _deadline(config: Config, started: float) -> tuple[float, str]:
+    """When to stop, as time.time(), and why; 0 for no deadline."""
+    if config.stop_after:
+        return started + parse_seconds(config.stop_after), f"stop_after={config.stop_after}"
+    end = slurm_end(os.environ)
+    if not end:
+        return 0.0, ""
+    return end - min(MARGIN_SECONDS, (end - time.time()) / 5), "SLURM's time limit is near"
+
+
+def slurm_end(env: dict[str, str] | os._Environ[str]) -> float | None:
+    """When SLURM will end this job, as time.time(), or None where that is not known."""
+    if (job := slurm_job(env)) is None:
+        return None
+    if env.get("SLURM_JOB_END_TIME", "").isdigit():
+        return float(env["SLURM_JOB_END_TIME"])
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        told = subprocess.run(
+            ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, timeout=20
+        )
+        found = re.search(r"\bEndTime=(\S+)", told.stdout)
+        if found:
+            return datetime.fromisoformat(found[1]).timestamp()  # "Unknown" is a ValueError
+    return None

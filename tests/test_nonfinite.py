@@ -1,0 +1,147 @@
+"""A loss or gradient that is not finite: told with its samples, or dropped on all ranks alike."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dist_train.config import RunError
+from dist_train.tracking import read_metrics, read_status
+from tests.conftest import SMALL, Finished, pictures
+from tests.distributed.ranks import equal, last
+
+POISONED = 41  # the training sample with a pixel that is no number
+WORDS = [*SMALL, "data.root=poisoned.npz", "log.every=1", "checkpoint.every=1", "checkpoint.keep=99"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(tmp_path: Path) -> None:
+    x, y = pictures(90)
+    x = x.astype(np.float32) / 255
+    x[POISONED, 3, 3] = np.nan
+    test_x, test_y = pictures(37, seed=1)
+    np.savez(tmp_path / "poisoned.npz", x_train=x, y_train=y, x_test=test_x / np.float32(255), y_test=test_y)
+
+
+def steps_with_the_sample(steps: int) -> list[int]:
+    """The steps, counted from 1, that read the poisoned sample."""
+    from dist_train.data.order import DistributedSampler
+
+    sampler = DistributedSampler(90, 16, stop=steps)
+    return [step + 1 for step in range(steps) if POISONED in sampler.global_batch(step)]
+
+
+def test_the_run_stops_and_tells_the_samples_of_each_rank_and_how_to_replay(
+    ranks: Callable[..., list[Finished]], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    first = steps_with_the_sample(6)[0]
+    results = ranks(2, "train", *WORDS)
+    assert [result.rc for result in results] == [1, 1], results[0]
+    told = results[0].err.splitlines()[-1]
+    assert told.startswith(f"dist-train: step {first}: its loss is not finite"), results[0]
+    assert not any("Traceback" in result.err for result in results)
+    assert "dist-train: " not in results[1].err
+    run = tmp_path / "runs" / "run"
+    assert read_status(run)["state"] == "failed"
+    listed = json.loads((run / "nonfinite.json").read_text())
+    samples = listed[f"samples of step {first}"]
+    assert {item["rank"] for item in samples} == {0, 1}
+    assert POISONED in {item["sample"] for item in samples} and len(samples) == 16
+    weights = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    assert weights["step"] == first - 1
+    assert all(value.isfinite().all() for value in weights["model"].values())
+
+    _, run_folder, step = listed["replay"].removeprefix("dist-train ").split()
+    replayed = cli("replay", run_folder, step)
+    assert replayed.rc == 0, replayed
+    worst = replayed.out.splitlines()[1]
+    rank = next(item["rank"] for item in samples if item["sample"] == POISONED)
+    assert worst.split()[:6] == ["rank", str(rank), "sample", str(POISONED), "loss", "nan"], replayed
+    assert "the gradient is not finite: 1.weight" in replayed.out
+
+
+NET = """
+import torch
+def net(num_classes):
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Dropout(0.2),
+        torch.nn.Linear(144, num_classes))
+"""
+
+
+def test_skipped_steps_change_nothing_on_any_rank(
+    ranks: Callable[..., list[Finished]], here: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "my_norm.py").write_text(NET)
+    words = [*WORDS, "on_nonfinite=skip", "train.steps=20", "train.ema=0.9", "optim.args.momentum=0.9"]
+    net = ["model.name=my_norm:net"]
+    results = ranks(2, "train", *words, *net)
+    assert [result.rc for result in results] == [0, 0], results[0]
+    run = tmp_path / "runs" / "run"
+    skipped = steps_with_the_sample(20)
+    assert len(skipped) in (3, 4)
+    assert read_status(run)["skipped_steps"] == len(skipped)
+    for step in skipped:
+        before, after = (
+            torch.load(run / f"checkpoints/step-{number:08d}.pt", weights_only=True)
+            for number in (step - 1, step)
+        )
+        assert equal(before["model"], after["model"]) and equal(before["average"], after["average"])
+        moments = [
+            [values["momentum_buffer"] for values in saved["optimizer"]["state"].values()]
+            for saved in (before, after)
+        ]
+        assert all(map(torch.equal, *moments))
+    rows = {row["step"]: row for row in read_metrics(run) if "train/loss" in row}
+    assert [step for step, row in rows.items() if row["train/loss"] is None] == skipped
+    assert math.isfinite(last(tmp_path)["metrics"]["eval/loss"])
+    # Without BatchNorm's own averages two ranks are one rank with two micro-batches, skipped steps and all.
+    ranks(2, "train", *words, "run.name=two")
+    here(*words, "run.name=one", "train.accumulate=2")
+    assert equal(last(tmp_path, "two")["model"], last(tmp_path, "one")["model"])
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(here: Callable[..., Any], tmp_path: Path) -> None:
+    x, y = pictures(90)
+    x = np.full(x.shape, np.inf, np.float32)
+    np.savez(tmp_path / "poisoned.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    with pytest.raises(RunError, match="4 steps in a row were skipped"):
+        here(*WORDS, "on_nonfinite=skip", "max_skips=3")
+    assert read_status(tmp_path / "runs/run")["state"] == "failed"
+
+
+def test_a_run_without_trouble_is_the_same_with_and_without_skipping(
+    here: Callable[..., Any], npz: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, "model.args.dropout=0.2"]
+    here(*words, "run.name=stop")
+    here(*words, "run.name=skip", "on_nonfinite=skip")
+    assert equal(last(tmp_path, "stop")["model"], last(tmp_path, "skip")["model"])
+
+
+def test_weights_that_went_bad_in_the_last_step_are_not_saved(
+    here: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The loss of that step was finite: only the weights tell."""
+    (tmp_path / "my_break.py").write_text(
+        "import torch\n"
+        "class Breaks(torch.optim.SGD):\n"
+        "    steps = 0\n"
+        "    def step(self, closure=None):\n"
+        "        super().step()\n"
+        "        type(self).steps += 1\n"
+        "        if self.steps == 12:\n"
+        "            self.param_groups[0]['params'][0].data[0, 0] = float('inf')\n"
+    )
+    x, y = pictures(90)
+    np.savez(tmp_path / "arrays.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    with pytest.raises(RunError, match=r"step 12 is not saved: .*the weights are not finite"):
+        here(*SMALL, "checkpoint.every=4", "optim.name=my_break:Breaks")
+    assert last(tmp_path)["step"] == 8

@@ -1,0 +1,51 @@
+"""`dist-train verify` tells jobs that survive a kill from those that only look as if they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.conftest import SMALL, Finished
+
+OWN = """
+import random, time
+generator = random.Random()  # not keyed: another in every process
+
+def shift(image):
+    time.sleep(0.001)
+    return image.roll(generator.randrange(8), -1)
+
+def keyed(image):
+    time.sleep(0.001)
+    return image.roll(random.randrange(8), -1)
+"""
+WORDS = [*SMALL, "model.args.dropout=0.3", "--steps=12", "--kills=2"]
+
+
+def test_a_job_whose_random_numbers_are_keyed_passes_on_two_processes(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    result = cli("verify", *WORDS, "data.train_transform=[mine:keyed]", "--processes=2", timeout=240)
+    assert result.rc == 0, result
+    assert result.out.count("killed after step") == 2
+    assert "identical bit for bit" in result.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_transform_with_random_numbers_of_its_own_is_named(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    transforms = "data.train_transform=[RandomHorizontalFlip,mine:shift]"
+    result = cli("verify", *WORDS, transforms, timeout=240)
+    assert result.rc == 1, result
+    assert "inputs: differ from step 1 on: data.train_transform[1], 'mine:shift', draws random" in result.err
+    assert "weights: differ from step 1 on" in result.err
+    assert "the order of samples" not in result.err
+
+
+def test_a_job_that_fails_by_itself_is_told_as_such(cli: Callable[..., Finished], tmp_path: Path) -> None:
+    result = cli("verify", *SMALL, "data.root=nowhere.npz")
+    assert result.rc == 2, result
+    assert "nowhere.npz" in result.err and "Traceback" not in result.err

@@ -1,0 +1,258 @@
+"""What the loop can't notice by itself: hangs, launchers that are gone, deadlines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dist_train.config import parse_seconds
+from dist_train.tracking import read_status
+from dist_train.watchdog import last_rank, slurm_end
+from tests.conftest import REPO, SMALL, Finished
+from tests.distributed.ranks import last
+
+HANGS = """
+import os, pathlib, time
+
+def hangs(image):
+    time.sleep(0.002)
+    if os.environ.get("RANK", "0") == os.environ["HANGING"] and pathlib.Path("now").exists():
+        stuck()
+    return image
+
+def stuck():
+    time.sleep(600)
+"""
+HANGING = [*SMALL, "data.train_transform=[mine:hangs]", "train.steps=100000", "log.every=5"]
+
+
+def torchrun(*arguments: Any) -> list[Any]:
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "dist_train",
+        *arguments,
+    ]
+
+
+# --- hangs -------------------------------------------------------------------------------------------
+
+
+def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
+    start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    run = tmp_path / "runs" / "run"
+    words = torchrun("train", *HANGING, "watchdog_seconds=3")
+    process = start(*words, env={"HANGING": 1})
+    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+    (tmp_path / "now").touch()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    status = read_status(run)
+    assert status["state"] == "failed"
+    assert "no step for 3 s; rank 1 came last: it is waiting for data after step" in status["reason"]
+    assert status["reason"] in err
+    assert "in stuck" in (run / "stacks" / "rank-1.txt").read_text()
+    assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_stopped_rank_is_named_by_the_others(
+    ranks_running: tuple[list[subprocess.Popen[str]], Path],
+) -> None:
+    (first, second), run = ranks_running
+    second.send_signal(signal.SIGSTOP)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert "rank 1 came last: nothing was heard of it for 5 s or more" in read_status(run)["reason"], err
+
+
+@pytest.fixture
+def ranks_running(
+    start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], npz: Path, tmp_path: Path
+) -> tuple[list[subprocess.Popen[str]], Path]:
+    """Two ranks in the middle of a training, without a launcher that would end them, and their run."""
+    from tests.conftest import free_port
+
+    (tmp_path / "mine.py").write_text(HANGS)
+    port, run = free_port(), tmp_path / "runs" / "run"
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        start(
+            "-m", "dist_train", "train", *HANGING, "watchdog_seconds=8",
+            env={**world, "RANK": rank, "LOCAL_RANK": rank, "HANGING": "none"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    wait_for(lambda: read_status(run).get("step", 0) >= 5, processes[0])
+    return processes, run
+
+
+def test_the_last_rank_is_the_silent_one_else_the_one_with_the_fewest_steps() -> None:
+    now = 1000.0
+    computing, waiting = (now, 7, "computing"), (now, 7, "waiting for data")
+    assert "rank 2 came last: nothing was heard" in last_rank({0: computing, 1: computing}, 3, now)
+    assert "rank 1 came last: nothing was heard" in last_rank({0: computing, 1: (990.0, 9, "saving")}, 2, now)
+    assert "rank 1 came last: it is waiting for data after step 7" in last_rank(
+        {0: computing, 1: waiting}, 2, now
+    )
+    assert "rank 0 came last" in last_rank({0: (now, 6, "saving"), 1: waiting}, 2, now)
+    assert last_rank({0: computing, 1: computing}, 2, now) == "all ranks are computing after step 7"
+    assert "store does not answer" in last_rank({}, 2, now)
+
+
+# --- launchers ---------------------------------------------------------------------------------------
+
+
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks that a launcher has started."""
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "train" in p.cmdline()]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_ranks_whose_launcher_is_gone_save_and_end(
+    launcher: str,
+    start: Callable[..., subprocess.Popen[str]],
+    wait_for: Callable[..., None],
+    npz: Path,
+    tmp_path: Path,
+) -> None:
+    """SIGKILL for torchrun; SIGTERM for `accelerate launch` of one process, which does not pass it on."""
+    (tmp_path / "mine.py").write_text(HANGS)
+    run = tmp_path / "runs" / "run"
+    words = [*HANGING, "checkpoint.every=never"]
+    command = torchrun("train", *words)
+    if launcher == "accelerate":
+        tool = Path(sys.executable).parent / "accelerate"
+        command = [
+            tool,
+            "launch",
+            "--config_file",
+            REPO / "launch/cpu.yaml",
+            "-m",
+            "dist_train",
+            "train",
+            *words,
+        ]
+    process = start(*command, env={"HANGING": "none"})
+    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+    family = children(process)
+    assert len(family) == (2 if launcher == "torchrun" else 1)
+    process.send_signal(signal.SIGKILL if launcher == "torchrun" else signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    status = read_status(run)
+    assert (status["state"], status["reason"]) == ("interrupted", "the launcher is gone")
+    assert last(tmp_path)["step"] == status["step"] > 0
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
+    launcher: str,
+    start: Callable[..., subprocess.Popen[str]],
+    wait_for: Callable[..., None],
+    npz: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    run = tmp_path / "runs" / "run"
+    words = [str(word) for word in torchrun("train", *HANGING, "checkpoint.every=never")]
+    command = [sys.executable, *words]
+    if launcher == "accelerate":
+        tool = str(Path(sys.executable).parent / "accelerate")
+        file = str(REPO / "launch/cpu_2.yaml")
+        command = [tool, "launch", "--config_file", file, *words[words.index("-m", 2) :]]
+    process = start(
+        "bash", "-c", f'. {REPO}/launch/signals.sh; exec "$@"', "bash", *command, env={"HANGING": "none"}
+    )
+    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err  # the launcher lived on, and calls what it was told to do a failure
+    status = read_status(run)
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGUSR1")
+    assert last(tmp_path)["step"] == status["step"] > 0
+
+
+def test_a_rank_that_dies_is_restarted_with_the_rest_and_nothing_changes(
+    start: Callable[..., subprocess.Popen[str]],
+    cli: Callable[..., Finished],
+    wait_for: Callable[..., None],
+    npz: Path,
+    tmp_path: Path,
+) -> None:
+    from tests.distributed.ranks import same_bits, train
+
+    words = ["data.name=arrays", "data.root=arrays.npz", "model.args.dropout=0.3", "train.batch_size=16",
+             "train.steps=400", "log.every=5", "checkpoint.every=5", "eval.every=100"]  # fmt: skip
+    train(tmp_path, *words, "run.name=undisturbed", processes=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    options = ["wandb.mode=disabled", "device=cpu"]
+    process = start(*launcher, "-m", "dist_train", "train", *words, *options, "run.name=killed")
+    run = tmp_path / "runs" / "killed"
+    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+    children(process)[-1].kill()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 0, err
+    assert (read_status(run)["state"], read_status(run)["attempts"]) == ("completed", 2)
+    assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, "killed"))
+
+
+# --- deadlines ---------------------------------------------------------------------------------------
+
+
+def test_a_run_stops_itself_in_time_with_a_checkpoint(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    begin = time.monotonic()
+    stopped = cli("train", *HANGING, "stop_after=8 s", env={"HANGING": "none"})
+    assert stopped.rc == 75, stopped
+    assert time.monotonic() - begin >= 8
+    status = read_status(tmp_path / "runs" / "run")
+    assert (status["state"], status["reason"]) == ("interrupted", "stop_after=8 s")
+    assert last(tmp_path)["step"] == status["step"] > 0
+
+
+def test_the_time_limit_of_slurm_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "JobId=7 JobName=x StartTime=2026-01-01T00:00:00 EndTime={} Deadline=N/A"
+    scontrol = tmp_path / "scontrol"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    job = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    for end, expected in (
+        ("2030-05-06T07:08:09", datetime(2030, 5, 6, 7, 8, 9).timestamp()),
+        ("Unknown", None),
+    ):
+        scontrol.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\necho '{answer.format(end)}'\n")
+        scontrol.chmod(0o755)
+        assert slurm_end(job) == expected
+        assert (tmp_path / "asked").read_text().split()[-1] == "7_2"
+    assert slurm_end({}) is None
+    assert slurm_end({**job, "SLURM_JOB_END_TIME": "1900000000"}) == 1.9e9
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("3h50m", 13_800), ("90 s", 90), ("1d", 86_400), ("2 hours", 7200), ("1h 30min", 5400), ("0.5h", 1800)],
+)
+def test_durations_are_written_as_people_write_them(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "3x", "h", "-5s", "3h50"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="3h50m"):
+        parse_seconds(text)
