@@ -36,7 +36,7 @@ class Step(NamedTuple):
     """What an optimizer step leaves, still on the device."""
 
     lr: float
-    losses: list[torch.Tensor]  # of each micro-batch: a scalar, times the world size
+    losses: list[tuple[torch.Tensor, float]]  # of each micro-batch: of its samples, and their weight
     bad: list[tuple[str, str]]  # samples that could not be read, and why
     skipped: bool
 
@@ -61,7 +61,7 @@ def steps(
     # Accelerate's divides the loss by its own accumulation, 1 here; only a loss scale needs it.
     backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
     model.train()
-    weights = [weight for weight in state.model.parameters() if weight.requires_grad]
+    trained = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
     skipping = config.on_nonfinite == "skip"
     buffers = list(state.model.buffers()) if skipping else []
     average = None
@@ -71,7 +71,7 @@ def steps(
     for step in range(state.step, stop):
         optim.set_lr(optimizer, lr := schedule(step))
         before = [buffer.clone() for buffer in buffers]
-        detached: list[torch.Tensor] = []
+        detached: list[tuple[torch.Tensor, float]] = []
         bad: list[tuple[str, str]] = []
         for micro in range(accumulate):
             beat(step, "waiting for data")
@@ -86,14 +86,15 @@ def steps(
             with nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model):
                 losses = task.loss(model(batch.inputs), batch.targets)
                 # The mean over the global batch, however it was cut; DDP divides by the world size.
-                loss = losses.sum() * (ranks.world_size / batch.part.total if batch.part.size else 0.0)
+                weight = ranks.world_size / batch.part.total if batch.part.size else 0.0
+                weights = torch.full_like(losses, weight)
                 if skipping:  # a loss that is not finite on one rank makes the gradient so on all of them
-                    loss = loss * (1 + 0 * loss.detach())
-                backward(loss)
-            detached.append(loss.detach())
+                    weights = weights + 0 * losses.detach().sum()
+                backward(losses, gradient=weights)
+            detached.append((losses.detach(), weight))
         skipped = False
         if clip_norm or skipping:
-            norm = accelerator.clip_grad_norm_(weights, clip_norm or math.inf)
+            norm = accelerator.clip_grad_norm_(trained, clip_norm or math.inf)
             skipped = (
                 skipping and not norm.isfinite()
             )  # the same on all ranks: DDP has added the gradients up
@@ -132,7 +133,7 @@ def loop(
     eval_every, save_every = Every.parse(config.eval.every), Every.parse(config.checkpoint.every)
     best = Best.parse(config.checkpoint.best or task.best)
     eval_batches = sets.eval_loader(config, ranks)
-    batches: Iterator[data.Batch] = iter(sets.train_loader(config, ranks, state.step, total))
+    batches: Iterator[data.Batch] = sets.train_batches(config, ranks, state.step, total)
     if config.log.batches:
         attempt = ranks.from_main(tracker.attempt if tracker else 0)
         batches = data.recorded(

@@ -25,15 +25,16 @@ class Window:
 
     def __init__(self, runtime: Runtime, accumulate: int, losses: list[float]) -> None:
         self.runtime, self.accumulate, self.losses = runtime, accumulate, list(losses)
-        self._pending: list[torch.Tensor] = []
+        self._pending: list[tuple[torch.Tensor, float]] = []
 
-    def add(self, losses: list[torch.Tensor]) -> None:
-        """Adds the losses of a step's micro-batches: scalars, times the world size."""
+    def add(self, losses: list[tuple[torch.Tensor, float]]) -> None:
+        """Adds the losses of a step's micro-batches: of the samples, and the weight of each of them."""
         self._pending += losses
 
     def meet(self, *flags: float) -> list[float]:
         """Adds up the new losses, and with them `flags`, over all ranks; returns the sums of the flags."""
-        steps = torch.stack(self._pending).view(-1, self.accumulate).sum(1)
+        parts = [losses.sum() * weight for losses, weight in self._pending]
+        steps = torch.stack(parts).view(-1, self.accumulate).sum(1)
         table = torch.cat([steps, steps.new_tensor(flags)])
         sums: list[float] = self.runtime.sum(table).tolist()
         self.losses += [loss / self.runtime.world_size for loss in sums[: len(steps)]]

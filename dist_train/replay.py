@@ -68,7 +68,7 @@ def replay(run: Path, step: int) -> Replayed:
         if start:
             states.restore(config, start, state, ranks, allow_changes=True)
         schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-        batches = iter(sets.train_loader(config, ranks, state.step, step))
+        batches = sets.train_batches(config, ranks, state.step, step)
         clock = Clock(config.train.batch_size, dict.fromkeys(SECONDS, 0.0))
         for _ in steps(config, ranks, state, task, schedule, batches, step - 1, clock):
             pass

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.loader import Batch, Samples, make_loader, recorded
+from dist_train.data.loader import Batch, Samples, fetched_ahead, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
@@ -46,8 +47,15 @@ class Data:
         name = self.train.name(index)
         return {"sample": index} | ({} if name.startswith("sample ") else {"path": name})
 
-    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
+    def train_batches(self, config: Config, runtime: Runtime, start: int, stop: int) -> Iterator[Batch]:
         """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
+        loader = self.train_loader(config, runtime, start, stop)
+        # What draws no random numbers may be fetched beside the model, which draws its own.
+        ahead = self.train.is_keyless and loader.num_workers == 0
+        return fetched_ahead(iter(loader)) if ahead else iter(loader)
+
+    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
+        """The loader of these micro-batches."""
         sampler = self.sampler(config, runtime.rank, runtime.world_size, start, stop)
         return make_loader(self.train, sampler, config, runtime)
 
