@@ -5,6 +5,7 @@ The handler does nothing else, so it can't meet a half-done backward pass or a c
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType, TracebackType
@@ -51,3 +52,24 @@ class Interrupt:
                 raise KeyboardInterrupt
             self._sigint_at = self._sigint_at or time.monotonic()
         self.request(signal.Signals(number).name)
+
+
+def before_training() -> None:
+    """From here on a signal ends this process at once, as interrupted: there is nothing to save yet."""
+    for number in _that_srun_sends():
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
+
+
+def around_training() -> None:
+    """From here on a signal means nothing outside of an `Interrupt`: the state is saved, or never will be.
+
+    As soon as one rank has ended with 75, srun sends SIGTERM to the others, which are about to end as well.
+    """
+    for number in _that_srun_sends():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _that_srun_sends() -> list[int]:
+    """Ctrl-C and a terminal that goes away keep their usual meaning outside of training."""
+    names = ("SIGTERM", "SIGUSR1", "SIGUSR2")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]

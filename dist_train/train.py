@@ -155,6 +155,7 @@ def _fit(
         if tracker and lock:
             tracker.close(end, state.step, reason, state.skipped)
             lock.release()
+    ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
     return Result(config.run_dir, end, state.step, state.metrics)
 
 

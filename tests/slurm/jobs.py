@@ -68,4 +68,8 @@ class Jobs:
     def restart(self, job: str, *changes: str) -> None:
         """Waits until the job is requeued, and starts it without the delay after a requeue."""
         self.slurm.wait(job, "PENDING")
-        self.slurm.scontrol("update", f"JobId={job}", "StartTime=now", *changes)
+        command = ["scontrol", "update", f"JobId={job}", "StartTime=now", *changes]
+        deadline = time.monotonic() + 60
+        while self.slurm.state(job) == "PENDING" and time.monotonic() < deadline:
+            self.slurm.run(command)  # again: it has no effect while the last attempt is cleared away
+            time.sleep(0.5)

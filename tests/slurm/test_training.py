@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -126,12 +127,9 @@ def test_a_cancelled_job_saves_and_is_not_requeued(jobs: Jobs, slow: Callable[[]
     interrupted(jobs, "cancelled", "SIGTERM")
     assert jobs.slurm.job_info(job)["JobState"] == "CANCELLED"
     slow()
-    again = begin(jobs, "cancelled")  # the same command, later: it goes on
-    completed_again(jobs, again)
-
-
-def completed_again(jobs: Jobs, job: str) -> None:
-    jobs.slurm.wait(job, "COMPLETED")
+    again = jobs.submit("--job-name=again", *TWO_NODES, arguments=[*TRAIN, "run.name=cancelled"])
+    jobs.slurm.wait(again, "COMPLETED")
+    assert same_bits(last(jobs.folder, "undisturbed"), last(jobs.folder, "cancelled"))
 
 
 def ranks_of(jobs: Jobs, name: str) -> list[psutil.Process]:
@@ -160,3 +158,51 @@ def test_a_lost_node(jobs: Jobs, slow: Callable[[], None]) -> None:
     jobs.slurm.start_node("n2")
     jobs.restart(job)
     completed(jobs, job, "lost", attempts=2)
+
+
+def test_a_sweep_of_three_with_one_interrupted(jobs: Jobs, slow: Callable[[], None]) -> None:
+    """Two at a time; the task that is interrupted goes on with its own run, under its own id."""
+    (jobs.folder / "rates.yaml").write_text(
+        "method: grid\nparameters:\n  optim.lr: {values: [0.05, 0.1, 0.2]}\n"
+    )
+    shared = [argument for argument in TRAIN if not argument.startswith("optim.lr=")]
+    options = ["--job-name=sweep", "--array=0-2%2", "--time=10"]
+    array = jobs.submit(*options, script="sweep.sbatch", arguments=["rates.yaml", *shared])
+    jobs.wait_for_step(f"{array}_1", "rates-1", 10)
+    jobs.slurm.ask("scancel", "--signal=USR1", f"{array}_1")
+    jobs.wait(f"{array}_1", lambda: status(jobs.folder, "rates-1")["state"] == "interrupted")
+    interrupted(jobs, "rates-1", "SIGUSR1")
+    slow()
+    jobs.restart(f"{array}_1")
+    for task, rate in enumerate((0.05, 0.1, 0.2)):
+        info = jobs.slurm.wait(f"{array}_{task}", "COMPLETED", timeout=120)
+        assert info["Restarts"] == str(int(task == 1))
+        assert status(jobs.folder, f"rates-{task}")["attempts"] == 1 + (task == 1)
+        config = last(jobs.folder, f"rates-{task}")["config"]
+        assert (config["optim"]["lr"], config["wandb"]["group"]) == (rate, "rates")
+
+
+def test_ranks_that_would_train_alone_are_refused(slurm: Cluster, tmp_path: Path) -> None:
+    """A first node without an address, and a rank that the batch shell filled in once, for all."""
+    write_npz(tmp_path)
+    wrong = {
+        "nowhere": "the address of the first node, nowhere1, can't be found",
+        "alike": "RANK is 0 in the task that SLURM numbers 1",
+    }
+    site = """
+    case $SLURM_JOB_NAME in
+        nowhere) python=(env "SLURM_STEP_NODELIST=nowhere[1-2]" "${python[@]}") ;;
+        alike) export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS ;;
+    esac
+    """
+    jobs = Jobs(slurm, tmp_path, site=site)
+    plain = [argument for argument in TRAIN if not argument.startswith("task.")]
+    submitted = {
+        name: jobs.submit(f"--job-name={name}", *TWO_NODES, arguments=[*plain, f"run.name={name}"])
+        for name in wrong
+    }
+    for name, job in submitted.items():
+        info = slurm.wait(job, "FAILED")
+        assert (info["Restarts"], info["ExitCode"]) == ("0", "2:0"), jobs.said(name)
+        assert jobs.said(name).count(wrong[name]) == 1, jobs.said(name)
+        assert not (tmp_path / "runs").exists()
