@@ -262,10 +262,20 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for row in read_lines(folder / "metrics.jsonl"):
-        while rows and rows[-1]["attempt"] < row["attempt"] and rows[-1]["step"] >= row["step"]:
+        while rows and _takes_back(row, rows[-1]):
             rows.pop()
         rows.append(row)
     return rows
+
+
+def _takes_back(row: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether `row` is of a later attempt that has done the step of `before` again.
+
+    An evaluation alone is no step: an attempt may begin with the one that its predecessor did not finish.
+    """
+    if before["attempt"] >= row["attempt"] or before["step"] < row["step"]:
+        return False
+    return before["step"] > row["step"] or "train/loss" in row or "train/loss" not in before
 
 
 class Mirror:

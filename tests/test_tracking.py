@@ -51,6 +51,20 @@ def test_a_row_that_a_kill_cut_short_and_rows_taken_back_are_left_out(tmp_path: 
     assert [(row["step"], row["attempt"]) for row in rows] == [(5, 1), (10, 2), (10, 2), (15, 2)]
 
 
+def test_an_evaluation_that_is_made_up_for_takes_no_step_back(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 10, "attempt": 1, "train/loss": 2.0}',  # then a signal came in the middle of the evaluation
+        '{"step": 10, "attempt": 2, "eval/loss": 2.6}',
+        '{"step": 20, "attempt": 2, "train/loss": 1.5}',
+        '{"step": 20, "attempt": 2, "eval/loss": 1.6}',
+        '{"step": 20, "attempt": 3, "train/loss": 1.5}',  # the step itself was done again
+        '{"step": 20, "attempt": 3, "eval/loss": 1.6}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], row["attempt"]) for row in rows] == [(10, 1), (10, 2), (20, 3), (20, 3)]
+
+
 def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
     npz: Path, tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
