@@ -1,0 +1,219 @@
+"""What a checkpoint costs: how long the loop waits for a save, and how long a resume takes.
+
+    python benchmarks/checkpoint.py                   # under three minutes; 12 GB of memory, 11 GB of disk
+    python benchmarks/checkpoint.py --rounds 1        # quicker, noisier
+    python benchmarks/checkpoint.py --folder /scratch # writes there; elsewhere than where runs/ lies
+
+The state is that of a model trained by AdamW: its weights and two moments of each, filled once and never
+trained. In every round each side saves the same state once, in turn, every other round in the opposite
+order; what is reported are medians, and the medians of the rounds' ratios.
+
+    plain copy    the state's tensors copied by `copy_` into memory that is there already.
+    ours          `Checkpoints.save`, the write before it ended: what the loop waits. It writes behind it.
+    ours, waiting the same, and `wait`: what the loop would wait if it saved synchronously.
+    torch.save    to a file, then fsync. No copy, no check for finite weights, not atomic.
+
+The first save allocates its copy, so it is told apart; while it writes, the loop takes small steps, and
+the longest of them shows whether the writer holds the loop up.
+
+Resuming is `choose` (verifies the file), `restore`, and the first batch of the loader of the steps to come,
+for the quickstart's network on 1,000,000 shuffled images in memory, at two steps of the same job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from overhead import processor  # noqa: E402
+
+from dist_train import checkpoint, data, load, runtime  # noqa: E402
+from dist_train import state as states  # noqa: E402
+from dist_train.data.images import InMemory  # noqa: E402
+
+MODELS = {"ResNet-50": torchvision.models.resnet50, "ViT-L/16": torchvision.models.vit_l_16}
+STEPS = (100, 1_000_000)  # after which a run goes on
+COPY, OURS, WAITING, BARE = "plain copy", "ours", "ours, waiting", "torch.save + fsync"
+Times = dict[str, list[float]]
+
+
+def state_of(build: Callable[..., torch.nn.Module]) -> dict[str, Any]:
+    """A checkpoint's content, shaped as a model's and AdamW's."""
+    with torch.device("meta"):  # shapes only
+        model = build(weights=None)
+    weights = {name: filled(value) for name, value in model.state_dict().items()}
+    moments = {
+        number: {name: filled(value) for name in ("exp_avg", "exp_avg_sq")}
+        for number, value in enumerate(model.parameters())
+    }
+    return {"format": checkpoint.FORMAT, "step": 0, "model": weights, "optimizer": {"state": moments}}
+
+
+def filled(shape: torch.Tensor) -> torch.Tensor:
+    """A tensor of that shape and type in memory that is there; zeros would be pages not yet written to."""
+    return torch.full_like(shape, 1, device="cpu")
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+
+
+def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, float, float]:
+    """Seconds of each side; of the first save; and of the longest small step beside its writing."""
+    saver = checkpoint.Checkpoints(folder, keep=1, say=sys.exit)
+    sources = list(tensors(state))
+    memory = [torch.empty_like(source).copy_(source) for source in sources]
+    times: Times = {COPY: [], OURS: [], WAITING: [], BARE: []}
+
+    def plain_copy() -> None:
+        begin = time.perf_counter()
+        for source, target in zip(sources, memory, strict=True):
+            target.copy_(source)
+        times[COPY].append(time.perf_counter() - begin)
+
+    def ours() -> None:
+        begin = time.perf_counter()
+        saver.save(state, best=False)
+        times[OURS].append(time.perf_counter() - begin)
+        saver.wait()
+        times[WAITING].append(time.perf_counter() - begin)
+
+    def bare() -> None:
+        path = folder / "bare.pt"
+        begin = time.perf_counter()
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        times[BARE].append(time.perf_counter() - begin)
+        path.unlink()
+
+    begin = time.perf_counter()
+    saver.save(state, best=False)
+    first = time.perf_counter() - begin
+    longest = longest_step(until=saver.folder / "last.pt")
+    saver.wait()
+    for number in range(1, rounds + 1):
+        state["step"] = number
+        for side in (plain_copy, ours, bare)[:: -1 if number % 2 else 1]:
+            side()
+    return times, first, longest
+
+
+def longest_step(until: Path) -> float:
+    """Seconds of the longest of many steps of about 10 ms, taken until a file is there."""
+    weights, longest = torch.ones(512, 512), 0.0
+    while not until.exists():
+        begin = time.perf_counter()
+        for _ in range(20):
+            weights = (weights @ weights).softmax(1)
+        longest = max(longest, time.perf_counter() - begin)
+    return longest
+
+
+def resumes(folder: Path, rounds: int) -> Times:
+    """Seconds from nothing but the built model to the first batch, after each of STEPS."""
+    images = torch.randint(256, (1_000_000, 1, 16, 16), dtype=torch.uint8)
+    source = InMemory(images, torch.arange(len(images)) % 10, [str(number) for number in range(10)])
+    total = max(STEPS) + 1000
+    words = [f"run.dir={folder}", "device=cpu", "optim.name=AdamW", "data.shuffle=true", "train.epochs=null"]
+    words += [f"train.steps={total}", f"threads={torch.get_num_threads()}"]
+    configs = {s: load([ROOT / "configs/quickstart.yaml"], [*words, f"run.name=step-{s}"]) for s in STEPS}
+    ranks = runtime.start(configs[STEPS[0]])
+    sets = data.build(configs[STEPS[0]], source, InMemory(images[:64], source.labels[:64], source.classes))
+    state = states.build(configs[STEPS[0]], ranks, sets)
+    state.model(next(iter(sets.train_loader(configs[STEPS[0]], ranks, 0, 1))).inputs).sum().backward()
+    state.optimizer.step()  # makes the moments
+    for step, config in configs.items():
+        state.step = step
+        saver = checkpoint.Checkpoints(config.run_dir, 1, sys.exit)
+        saver.save(states.to_dict(config, state, sets, ranks), best=False)
+        saver.wait()
+    times: Times = {f"step {step:,}": [] for step in STEPS}
+    for number in range(rounds + 1):
+        for step in STEPS[:: -1 if number % 2 else 1]:
+            begin = time.perf_counter()
+            path = states.choose(configs[step], sys.exit)
+            assert path
+            states.restore(configs[step], path, state, ranks)
+            batch = next(iter(sets.train_loader(configs[step], ranks, state.step, total)))
+            seconds = time.perf_counter() - begin
+            assert batch.part.step == step
+            if number:  # the first round warms up
+                times[f"step {step:,}"].append(seconds)
+    runtime.stop()
+    return times
+
+
+def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
+    """Bars: the stalls of each model, and the seconds to resume."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {**{f"{name}: the loop waits (s, log)": times for name, times in stalled.items()}}
+    panels["to the first batch after a resume (s)"] = resumed
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), layout="constrained")
+    for axis, (title, times) in zip(axes, panels.items(), strict=True):
+        names, middles = list(times)[::-1], [statistics.median(times[name]) for name in times][::-1]
+        colors = ["lightgray" if name in (COPY, BARE) else "tab:blue" for name in names]
+        bars = axis.barh(names, middles, color=colors, log=times is not resumed)
+        axis.bar_label(bars, fmt="{:.2f}", padding=2)
+        axis.margins(x=0.2)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measures, prints the tables and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each side")
+    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    stalled: dict[str, Times] = {}
+    lines = ["| model | side | seconds | x plain copy |", "| --- | --- | --- | --- |"]
+    for name, build in MODELS.items():
+        state = state_of(build)
+        size = sum(tensor.nbytes for tensor in tensors(state)) / 1e9
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            times, first, longest = stalls(state, Path(folder), arguments.rounds)
+        stalled[name] = times
+        for side, values in [*times.items(), ("ours, the first save", [first] * arguments.rounds)]:
+            ratio = statistics.median(a / b for a, b in zip(values, times[COPY], strict=True))
+            lines.append(
+                f"| {name}, {size:.2f} GB | {side} | {statistics.median(values):.3f} | {ratio:.2f} |"
+            )
+        lines.append(f"| {name}, {size:.2f} GB | longest small step beside the writing | {longest:.3f} | |")
+        print("\n".join(lines[-6:]), *map(str, times.items()), sep="\n", flush=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        resumed = resumes(Path(folder), 7)
+    print(f"\n{processor()}, {os.cpu_count()} CPUs, 1 thread, torch {torch.__version__},", end=" ")
+    print(f"load average {os.getloadavg()[0]:.1f}\n")
+    print("\n".join(lines), "\n\n| resumed after | seconds |\n| --- | --- |", sep="")
+    print("\n".join(f"| {name} | {statistics.median(values):.3f} |" for name, values in resumed.items()))
+    draw(stalled, resumed, Path(__file__).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
