@@ -1,23 +1,22 @@
 """What a checkpoint costs: how long the loop waits for a save, and how long a resume takes.
 
-    python benchmarks/checkpoint.py                   # under three minutes; 12 GB of memory, 11 GB of disk
-    python benchmarks/checkpoint.py --rounds 1        # quicker, noisier
-    python benchmarks/checkpoint.py --folder /scratch # writes there; elsewhere than where runs/ lies
+    python benchmarks/checkpoint.py                   # minutes; 12 GB of memory, 8 GB of disk
+    TMPDIR=/scratch python benchmarks/checkpoint.py   # writes there
 
-The state is that of a model trained by AdamW: its weights and two moments of each, filled once and never
-trained. In every round each side saves the same state once, in turn, every other round in the opposite
-order; what is reported are medians, and the medians of the rounds' ratios.
+The state is that of a model trained by AdamW: its weights and two moments of each, filled once. In every
+round each side saves it once, every other round in the opposite order; reported are medians, and the
+medians of the rounds' ratios.
 
-    plain copy    the state's tensors copied by `copy_` into memory that is there already.
-    ours          `Checkpoints.save`, the write before it ended: what the loop waits. It writes behind it.
-    ours, waiting the same, and `wait`: what the loop would wait if it saved synchronously.
-    torch.save    to a file, then fsync. No copy, no check for finite weights, not atomic.
+    plain copy          the state's tensors copied by `copy_` into memory that is there already
+    ours                `Checkpoints.save`, the write before it ended: what the loop waits
+    ours, waiting       the same, and `wait`: what it would wait if it saved synchronously
+    torch.save + fsync  no copy, no check for finite weights, not atomic
 
-The first save allocates its copy, so it is told apart; while it writes, the loop takes small steps, and
-the longest of them shows whether the writer holds the loop up.
+The first save allocates its copy, so it is told apart; while it writes, the loop takes small steps, which
+show whether the writer holds the loop up.
 
-Resuming is `choose` (verifies the file), `restore`, and the first batch of the loader of the steps to come,
-for the quickstart's network on 1,000,000 shuffled images in memory, at two steps of the same job.
+Resuming is `choose` (verifies the file), `restore`, and the first batch of the steps to come, for the
+quickstart's network on 1,000,000 shuffled images in memory, at two steps of the same job.
 """
 
 from __future__ import annotations
@@ -54,17 +53,9 @@ def state_of(build: Callable[..., torch.nn.Module]) -> dict[str, Any]:
     """A checkpoint's content, shaped as a model's and AdamW's."""
     with torch.device("meta"):  # shapes only
         model = build(weights=None)
-    weights = {name: filled(value) for name, value in model.state_dict().items()}
-    moments = {
-        number: {name: filled(value) for name in ("exp_avg", "exp_avg_sq")}
-        for number, value in enumerate(model.parameters())
-    }
-    return {"format": checkpoint.FORMAT, "step": 0, "model": weights, "optimizer": {"state": moments}}
-
-
-def filled(shape: torch.Tensor) -> torch.Tensor:
-    """A tensor of that shape and type in memory that is there; zeros would be pages not yet written to."""
-    return torch.full_like(shape, 1, device="cpu")
+    weights = {name: torch.full_like(v, 1, device="cpu") for name, v in model.state_dict().items()}
+    moments = [{"exp_avg": v.clone(), "exp_avg_sq": v.clone()} for v in weights.values()]
+    return {"step": 0, "model": weights, "optimizer": {"state": dict(enumerate(moments))}}
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -76,57 +67,53 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors(item)
 
 
-def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, float, float]:
-    """Seconds of each side; of the first save; and of the longest small step beside its writing."""
-    saver = checkpoint.Checkpoints(folder, keep=1, say=sys.exit)
+def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, float, str]:
+    """Seconds of each side; of the first save; and what small steps took beside its writing."""
+    saver = checkpoint.Checkpoints(folder, keep=1, say=print)
     sources = list(tensors(state))
     memory = [torch.empty_like(source).copy_(source) for source in sources]
     times: Times = {COPY: [], OURS: [], WAITING: [], BARE: []}
 
     def plain_copy() -> None:
-        begin = time.perf_counter()
         for source, target in zip(sources, memory, strict=True):
             target.copy_(source)
-        times[COPY].append(time.perf_counter() - begin)
-
-    def ours() -> None:
-        begin = time.perf_counter()
-        saver.save(state, best=False)
-        times[OURS].append(time.perf_counter() - begin)
-        saver.wait()
-        times[WAITING].append(time.perf_counter() - begin)
 
     def bare() -> None:
-        path = folder / "bare.pt"
-        begin = time.perf_counter()
-        with path.open("wb") as file:
+        with (folder / "bare.pt").open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        times[BARE].append(time.perf_counter() - begin)
-        path.unlink()
 
-    begin = time.perf_counter()
-    saver.save(state, best=False)
-    first = time.perf_counter() - begin
-    longest = longest_step(until=saver.folder / "last.pt")
+    first = took(lambda: saver.save(state, best=False))
+    beside = steps(lambda: saver.failure != "" or (saver.folder / "last.pt").exists())
     saver.wait()
+    end = time.monotonic() + 2
+    alone = steps(lambda: time.monotonic() > end)
     for number in range(1, rounds + 1):
         state["step"] = number
-        for side in (plain_copy, ours, bare)[:: -1 if number % 2 else 1]:
-            side()
-    return times, first, longest
+        for side in (COPY, OURS, BARE)[:: -1 if number % 2 else 1]:
+            if side == OURS:
+                times[OURS].append(took(lambda: saver.save(state, best=False)))
+                times[WAITING].append(times[OURS][-1] + took(saver.wait))
+                assert not saver.failure, saver.failure
+            else:
+                times[side].append(took(plain_copy if side == COPY else bare))
+    return times, first, f"{beside} beside the writing, {alone} alone"
 
 
-def longest_step(until: Path) -> float:
-    """Seconds of the longest of many steps of about 10 ms, taken until a file is there."""
-    weights, longest = torch.ones(512, 512), 0.0
-    while not until.exists():
-        begin = time.perf_counter()
-        for _ in range(20):
-            weights = (weights @ weights).softmax(1)
-        longest = max(longest, time.perf_counter() - begin)
-    return longest
+def took(action: Callable[[], Any]) -> float:
+    """Seconds of an action."""
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def steps(ended: Callable[[], bool]) -> str:
+    """What small steps take until something has ended: median and longest."""
+    weights, seconds = torch.ones(512, 512), []
+    while not ended():
+        seconds.append(took(lambda: [(weights @ weights).softmax(1) for _ in range(4)]))
+    return f"median {1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms"
 
 
 def resumes(folder: Path, rounds: int) -> Times:
@@ -144,9 +131,9 @@ def resumes(folder: Path, rounds: int) -> Times:
     state.optimizer.step()  # makes the moments
     for step, config in configs.items():
         state.step = step
-        saver = checkpoint.Checkpoints(config.run_dir, 1, sys.exit)
+        saver = checkpoint.Checkpoints(config.run_dir, 1, print)
         saver.save(states.to_dict(config, state, sets, ranks), best=False)
-        saver.wait()
+        assert not saver.wait()
     times: Times = {f"step {step:,}": [] for step in STEPS}
     for number in range(rounds + 1):
         for step in STEPS[:: -1 if number % 2 else 1]:
@@ -170,7 +157,7 @@ def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {**{f"{name}: the loop waits (s, log)": times for name, times in stalled.items()}}
+    panels = {f"{name}: the loop waits (s, log)": times for name, times in stalled.items()}
     panels["to the first batch after a resume (s)"] = resumed
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), layout="constrained")
     for axis, (title, times) in zip(axes, panels.items(), strict=True):
@@ -187,30 +174,33 @@ def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
 def main() -> None:
     """Measures, prints the tables and draws them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each side")
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="saves of each side; three times as many of the small model"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     stalled: dict[str, Times] = {}
+    notes: list[str] = []
     lines = ["| model | side | seconds | x plain copy |", "| --- | --- | --- | --- |"]
     for name, build in MODELS.items():
         state = state_of(build)
         size = sum(tensor.nbytes for tensor in tensors(state)) / 1e9
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            times, first, longest = stalls(state, Path(folder), arguments.rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            rounds = arguments.rounds * (3 if size < 1 else 1)
+            times, first, told = stalls(state, Path(folder), rounds)
         stalled[name] = times
-        for side, values in [*times.items(), ("ours, the first save", [first] * arguments.rounds)]:
+        for side, values in [*times.items(), ("ours, the first save", [first] * rounds)]:
             ratio = statistics.median(a / b for a, b in zip(values, times[COPY], strict=True))
             lines.append(
                 f"| {name}, {size:.2f} GB | {side} | {statistics.median(values):.3f} | {ratio:.2f} |"
             )
-        lines.append(f"| {name}, {size:.2f} GB | longest small step beside the writing | {longest:.3f} | |")
-        print("\n".join(lines[-6:]), *map(str, times.items()), sep="\n", flush=True)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        notes.append(f"{name}: small steps: {told}")
+        print(*lines[-5:], notes[-1], sep="\n", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
         resumed = resumes(Path(folder), 7)
     print(f"\n{processor()}, {os.cpu_count()} CPUs, 1 thread, torch {torch.__version__},", end=" ")
     print(f"load average {os.getloadavg()[0]:.1f}\n")
-    print("\n".join(lines), "\n\n| resumed after | seconds |\n| --- | --- |", sep="")
+    print(*lines, "", *notes, "", "| resumed after | seconds |", "| --- | --- |", sep="\n")
     print("\n".join(f"| {name} | {statistics.median(values):.3f} |" for name, values in resumed.items()))
     draw(stalled, resumed, Path(__file__).with_suffix(".png"))
 
