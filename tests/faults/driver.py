@@ -41,7 +41,7 @@ JOB = [
 ]  # fmt: skip
 DISTURBED = ["run.name=disturbed", "checkpoint.every=5", "checkpoint.keep=3", "watchdog_seconds=6"]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
-PATIENCE = 60  # seconds after which something counts as never to happen
+PATIENCE = 90  # seconds after which something counts as never to happen
 
 
 class Job:
