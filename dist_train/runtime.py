@@ -146,8 +146,8 @@ def start(config: Config) -> Runtime:
 def _meet(backend: str, timeout: timedelta) -> None:
     """Joins the process group among the ranks of this very attempt.
 
-    torchrun keeps one store over all its restarts, and torch reads the addresses of the others there, also those
-    of dead ones, for which it would wait until the timeout.
+    torchrun keeps one store over all its restarts, and torch reads the addresses of the others there, also
+    those of dead ones, for which it would wait until the timeout.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
