@@ -37,7 +37,7 @@ JOB = [
     "data.name=arrays", "data.root=arrays.npz", "data.workers=1", "device=cpu", "wandb.mode=disabled",
     "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 8, padding: 1}},mine:slow]",
     "model.args.hidden=[32]", "model.args.dropout=0.3", "optim.lr=0.02", "optim.args.momentum=0.9",
-    "train.ema=0.99", "train.batch_size=16", "log.every=5", "eval.every=50",
+    "train.ema=0.99", "train.batch_size=16", "log.every=5", "eval.every=20",
 ]  # fmt: skip
 DISTURBED = ["run.name=disturbed", "checkpoint.every=5", "checkpoint.keep=3", "watchdog_seconds=6"]
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
@@ -218,7 +218,10 @@ def stop_a_rank(job: Job) -> str:
 
 def fill_the_disk(job: Job) -> str:
     """Rank 0's kernel refuses every write beyond a few kilobytes; the training outlives it."""
-    rank, begin = job.ranks()[0], job.newest()
+    rank = job.ranks()[0]
+    # The worker of the evaluation is there: one that started now would inherit the limit, for shared memory too.
+    job.wait(lambda: len(rank.children()) == 2, "evaluated")
+    begin = job.newest()
     room = resource.prlimit(rank.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (4096, room[1]))
     job.wait(lambda: _failed_save(job) > begin, "told that a checkpoint could not be written")
