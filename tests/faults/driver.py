@@ -219,7 +219,7 @@ def stop_a_rank(job: Job) -> str:
 def fill_the_disk(job: Job) -> str:
     """Rank 0's kernel refuses every write beyond a few kilobytes; the training outlives it."""
     rank = job.ranks()[0]
-    # The worker of the evaluation is there: one that started now would inherit the limit, for shared memory too.
+    # Once the worker of the evaluation is there: one that started later would inherit the limit.
     job.wait(lambda: len(rank.children()) == 2, "evaluated")
     begin = job.newest()
     room = resource.prlimit(rank.pid, resource.RLIMIT_FSIZE)
