@@ -158,6 +158,8 @@ def main() -> None:
         finally:
             launcher.terminate()
             launcher.wait(PATIENCE)
+            if sys.exc_info()[0]:
+                print((Path(name) / "output.txt").read_text()[-3000:])
     print(f"\n{processor()}, {os.cpu_count()} CPUs, torch {torch.__version__},", end=" ")
     print(f"load average {os.getloadavg()[0]:.1f}\n")
     print("| seconds | rank 0 was killed | rank 1 was killed |\n| --- | --- | --- |")

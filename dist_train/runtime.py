@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,13 +119,16 @@ def start(config: Config) -> Runtime:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    timeout = timedelta(seconds=config.timeout_seconds)
+    if world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        _meet("nccl" if device == "cuda" else "gloo", timeout)
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
         # The loop accumulates by itself; a number in Accelerate's own config must not divide the loss.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_seconds)),
+            InitProcessGroupKwargs(timeout=timeout),
             # Gradients are views of DDP's buckets: one copy less per step.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
@@ -138,6 +142,42 @@ def start(config: Config) -> Runtime:
         world_size=accelerator.num_processes,
         local_world_size=local_world_size,
     )
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Joins the process group among the ranks of this very attempt.
+
+    torchrun keeps one store over all its restarts, and torch reads the addresses of the others there, also
+    those of dead ones, for which it would wait until the timeout.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(_agree(store, rank, world_size, timeout.total_seconds()), store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _agree(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+    """A name of this attempt, chosen by rank 0, whatever attempts before it have left in the store.
+
+    Each rank greets rank 0 by a name that nobody had before, and waits for the answer to this name.
+    """
+    mine = os.urandom(8).hex()
+    if rank > 0:
+        store.set(f"greeting/{rank}", mine)
+        attempt = store.get(f"answer/{mine}").decode()
+        store.set(f"thanks/{attempt}/{rank}", "")
+        return attempt
+    missing, deadline = set(range(1, world_size)), time.monotonic() + seconds
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"thanks/{mine}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"greeting/{other}"]):
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} have not come in {seconds:.0f} s")
+        time.sleep(0.01)
+    return mine
 
 
 def stop() -> None:

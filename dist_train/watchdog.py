@@ -77,11 +77,7 @@ class Watchdog:
             if self.lock and now - renewed >= RENEW_SECONDS:
                 renewed = now
                 if not self.lock.renew():
-                    print(
-                        f"dist-train: another attempt has taken {self.lock.path}; this one ends.",
-                        file=sys.stderr,
-                    )
-                    os._exit(1)
+                    _end(f"another attempt has taken {self.lock.path}; this one ends.")
             self._publish()
             if self.seconds and now - self.at[0] > self.seconds:
                 self._bite()
@@ -107,8 +103,7 @@ class Watchdog:
             self.fail(reason)
         self._ended.wait(3 * LOOK_SECONDS)  # the end of this rank would end the others before they write
         if not self._ended.is_set():
-            print(f"dist-train: rank {self.ranks.rank}: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _end(f"rank {self.ranks.rank}: {reason}")
 
     def _last(self) -> str:
         """Which rank came last, in words."""
@@ -126,6 +121,13 @@ class Watchdog:
         for rank in range(self.ranks.world_size):
             if self._store.check([f"at/{rank}"]):
                 places[rank] = tuple(json.loads(self._store.get(f"at/{rank}")))
+
+
+def _end(reason: str) -> None:
+    """Ends the process, also where the reason can't be printed: stderr may lie on a full disk."""
+    with contextlib.suppress(OSError):
+        print(f"dist-train: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 ORDER = ("starting", "waiting for data", "computing", "waiting for other ranks", "evaluating", "saving")

@@ -6,11 +6,14 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from dist_train.runtime import _agree
 from tests.conftest import REPO, Finished, free_port
 from tests.distributed.ranks import equal, last, train
 
@@ -131,3 +134,19 @@ def test_accelerates_own_settings_do_not_change_the_training(
     finished = run("-m", "dist_train", *TRAIN, cwd=tmp_path, env=settings)
     assert finished.rc == 0, finished
     assert equal(expected[1], last(tmp_path, "quickstart")["model"])
+
+
+def test_restarted_ranks_agree_whatever_the_ranks_before_them_left_in_the_store() -> None:
+    """torchrun keeps its store over restarts; those of before may have died in the middle of anything."""
+    store = HashStore()
+    names = []
+    for _ in range(3):
+        for rank in (1, 2):
+            store.set(f"greeting/{rank}", f"of a dead rank {rank}")
+        with ThreadPoolExecutor() as pool:
+            told = [pool.submit(_agree, store, rank, 3, 30.0) for rank in (0, 2, 1)]
+        assert len({name.result() for name in told}) == 1
+        names.append(told[0].result())
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match=r"ranks \[1, 2\] have not come"):
+        _agree(store, 0, 3, 0.1)

@@ -150,16 +150,6 @@ def test_a_killed_rank_ends_the_job(jobs: Jobs, slow: Callable[[], None]) -> Non
     assert status(jobs.folder, "killed")["state"] == "failed"
 
 
-def test_a_lost_node(jobs: Jobs, slow: Callable[[], None]) -> None:
-    job = begin(jobs, "lost", more=("checkpoint.every=10",))
-    jobs.slurm.kill_node("n2", jobs=True)
-    slow()
-    jobs.slurm.wait(job, "PENDING", timeout=120)
-    jobs.slurm.start_node("n2")
-    jobs.restart(job)
-    completed(jobs, job, "lost", attempts=2)
-
-
 def test_a_sweep_of_three_with_one_interrupted(jobs: Jobs, slow: Callable[[], None]) -> None:
     """Two at a time; the task that is interrupted goes on with its own run, under its own id."""
     (jobs.folder / "rates.yaml").write_text(
