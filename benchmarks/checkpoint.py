@@ -1,7 +1,6 @@
 """What a checkpoint costs: how long the loop waits for a save, and how long a resume takes.
 
-    python benchmarks/checkpoint.py                   # minutes; 12 GB of memory, 8 GB of disk
-    TMPDIR=/scratch python benchmarks/checkpoint.py   # writes there
+    python benchmarks/checkpoint.py    # two to three minutes; 12 GB of memory, 8 GB in the current folder
 
 The state is that of a model trained by AdamW: its weights and two moments of each, filled once. In every
 round each side saves it once, every other round in the opposite order; reported are medians, and the
@@ -87,8 +86,7 @@ def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, flo
     first = took(lambda: saver.save(state, best=False))
     beside = steps(lambda: saver.failure != "" or (saver.folder / "last.pt").exists())
     saver.wait()
-    end = time.monotonic() + 2
-    alone = steps(lambda: time.monotonic() > end)
+    alone = steps(lambda end=time.monotonic() + 2: time.monotonic() > end)
     for number in range(1, rounds + 1):
         state["step"] = number
         for side in (COPY, OURS, BARE)[:: -1 if number % 2 else 1]:
@@ -121,13 +119,13 @@ def resumes(folder: Path, rounds: int) -> Times:
     images = torch.randint(256, (1_000_000, 1, 16, 16), dtype=torch.uint8)
     source = InMemory(images, torch.arange(len(images)) % 10, [str(number) for number in range(10)])
     total = max(STEPS) + 1000
-    words = [f"run.dir={folder}", "device=cpu", "optim.name=AdamW", "data.shuffle=true", "train.epochs=null"]
-    words += [f"train.steps={total}", f"threads={torch.get_num_threads()}"]
+    words = [f"run.dir={folder}", "device=cpu", "optim.name=AdamW", "data.shuffle=true", "threads=1"]
+    words += ["train.epochs=null", f"train.steps={total}"]
     configs = {s: load([ROOT / "configs/quickstart.yaml"], [*words, f"run.name=step-{s}"]) for s in STEPS}
-    ranks = runtime.start(configs[STEPS[0]])
-    sets = data.build(configs[STEPS[0]], source, InMemory(images[:64], source.labels[:64], source.classes))
-    state = states.build(configs[STEPS[0]], ranks, sets)
-    state.model(next(iter(sets.train_loader(configs[STEPS[0]], ranks, 0, 1))).inputs).sum().backward()
+    ranks = runtime.start(config := configs[STEPS[0]])
+    sets = data.build(config, source, InMemory(images[:64], source.labels[:64], source.classes))
+    state = states.build(config, ranks, sets)
+    state.model(torch.ones(1, *sets.train_shape)).sum().backward()
     state.optimizer.step()  # makes the moments
     for step, config in configs.items():
         state.step = step
@@ -139,7 +137,6 @@ def resumes(folder: Path, rounds: int) -> Times:
         for step in STEPS[:: -1 if number % 2 else 1]:
             begin = time.perf_counter()
             path = states.choose(configs[step], sys.exit)
-            assert path
             states.restore(configs[step], path, state, ranks)
             batch = next(iter(sets.train_loader(configs[step], ranks, state.step, total)))
             seconds = time.perf_counter() - begin
@@ -174,19 +171,16 @@ def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
 def main() -> None:
     """Measures, prints the tables and draws them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="saves of each side; three times as many of the small model"
-    )
-    arguments = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each side; of the small model x 3")
+    wanted = parser.parse_args().rounds
     torch.set_num_threads(1)
-    stalled: dict[str, Times] = {}
-    notes: list[str] = []
+    stalled, notes = {}, []
     lines = ["| model | side | seconds | x plain copy |", "| --- | --- | --- | --- |"]
     for name, build in MODELS.items():
         state = state_of(build)
         size = sum(tensor.nbytes for tensor in tensors(state)) / 1e9
-        with tempfile.TemporaryDirectory() as folder:
-            rounds = arguments.rounds * (3 if size < 1 else 1)
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            rounds = wanted * (3 if size < 1 else 1)
             times, first, told = stalls(state, Path(folder), rounds)
         stalled[name] = times
         for side, values in [*times.items(), ("ours, the first save", [first] * rounds)]:
@@ -196,10 +190,10 @@ def main() -> None:
             )
         notes.append(f"{name}: small steps: {told}")
         print(*lines[-5:], notes[-1], sep="\n", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=".") as folder:
         resumed = resumes(Path(folder), 7)
-    print(f"\n{processor()}, {os.cpu_count()} CPUs, 1 thread, torch {torch.__version__},", end=" ")
-    print(f"load average {os.getloadavg()[0]:.1f}\n")
+    machine = f"{processor()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[0]:.1f}"
+    print(f"\n{machine}, 1 thread, torch {torch.__version__}\n")
     print(*lines, "", *notes, "", "| resumed after | seconds |", "| --- | --- |", sep="\n")
     print("\n".join(f"| {name} | {statistics.median(values):.3f} |" for name, values in resumed.items()))
     draw(stalled, resumed, Path(__file__).with_suffix(".png"))

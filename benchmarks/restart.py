@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -62,10 +62,9 @@ def model(input_shape, num_classes):
     tell("model")
     return made
 """
-Found = TypeVar("Found")
 
 
-def until(find: Callable[[], Found], what: str) -> Found:
+def until(find: Callable[[], Any], what: str) -> Any:
     """What `find` finds, asked every 5 ms."""
     deadline = time.monotonic() + PATIENCE
     while not (found := find()):
@@ -108,8 +107,7 @@ def newest_row(run: Path) -> dict[str, Any]:
 
 def handles(pid: int, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt"))
+    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
@@ -121,8 +119,8 @@ def told(folder: Path, what: str, pids: list[int]) -> list[float]:
 
 def kill_one(run: Path, launcher: int, victim: int) -> list[float]:
     """Kills a rank in the middle of its steps; seconds of each part until the next step is done."""
-    attempt, step = newest_row(run)["attempt"], newest_row(run)["step"]
-    until(lambda: newest_row(run)["step"] > step + 200, "200 steps")
+    row = newest_row(run)
+    until(lambda: newest_row(run)["step"] > row["step"] + 200, "200 steps")
     old = ranks(launcher)
     killed = time.monotonic()
     os.kill(old[victim], signal.SIGKILL)
@@ -132,7 +130,7 @@ def kill_one(run: Path, launcher: int, victim: int) -> list[float]:
     imported = time.monotonic()
     until(lambda: (read_lock(run / "lock") or {}).get("pid") == new[0], "lock")
     restored = time.monotonic()
-    until(lambda: newest_row(run)["attempt"] > attempt, "step")
+    until(lambda: newest_row(run)["attempt"] > row["attempt"], "step")
     done = time.monotonic()
     grouped = min(told(run.parents[1], "data", new))  # rank 0 reads first, the other waits for it
     built = max(told(run.parents[1], "model", new))
