@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long the loop waits for a save, and how long a resume takes.
 
-    python benchmarks/checkpoint.py    # two to three minutes; 12 GB of memory, 12 GB in the current folder
+    python benchmarks/checkpoint.py    # three minutes; 12 GB of memory, 12 GB in the current folder
 
 The state is that of a model trained by AdamW: its weights and two moments of each, filled once. In every
 round each side saves it once, every other round in the opposite order; reported are medians, and the
@@ -173,7 +173,7 @@ def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
 def main() -> None:
     """Measures, prints the tables and draws them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each side; of the small model x 3")
+    parser.add_argument("--rounds", type=int, default=4, help="saves of each side; of the small model x 3")
     wanted = parser.parse_args().rounds
     torch.set_num_threads(1)
     stalled, notes = {}, []
