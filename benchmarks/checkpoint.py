@@ -157,7 +157,7 @@ def draw(stalled: dict[str, Times], resumed: Times, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {f"{name}: the loop waits (s, log)": times for name, times in stalled.items()}
-    panels["to the first batch after a resume (s)"] = resumed
+    panels["resume to the first batch (s)"] = resumed
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 2.6), layout="constrained")
     for axis, (title, times) in zip(axes, panels.items(), strict=True):
         names, middles = list(times)[::-1], [statistics.median(times[name]) for name in times][::-1]
