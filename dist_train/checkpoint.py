@@ -129,9 +129,15 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def newest_good(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole; `warn` hears of each damaged one that is passed over."""
+def newest_good(folder: Path, warn: Callable[[str], None], before: float = math.inf) -> Path | None:
+    """The newest checkpoint that is whole; `warn` hears of each damaged one that is passed over.
+
+    Args:
+        before: only those of earlier steps count.
+    """
     for path in newest_first(folder):
+        if step_of(path) >= before:
+            continue
         try:
             verify(path)
             return path

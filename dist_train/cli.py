@@ -7,12 +7,12 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dist_train import __version__
-from dist_train.config import RunError, UserError
+from dist_train.config import RunError, UserError, load_words
 
 BEGAN = time.time()  # the imports to come count as seconds of the run
 
@@ -59,7 +59,7 @@ def train(
     from dist_train.interrupt import EXIT_INTERRUPTED, around_training, before_training
 
     before_training()
-    config = _load(arguments)
+    config = load_words(arguments)
     from dist_train.train import fit
 
     around_training()
@@ -106,13 +106,13 @@ def config(arguments: Configs) -> None:
     """Print the resolved configuration."""
     from dist_train.config import to_yaml
 
-    print(to_yaml(_load(arguments)), end="")
+    print(to_yaml(load_words(arguments)), end="")
 
 
 @app.command()
 def summary(arguments: Configs) -> None:
     """Print the model's layers with shapes, parameters and multiply-adds."""
-    config = _load(arguments)
+    config = load_words(arguments)
     from dist_train.report.summary import summarize
 
     summarize(config)
@@ -125,7 +125,7 @@ def samples(
     count: Annotated[int, typer.Option(min=1, max=200, help="How many images.")] = 16,
 ) -> None:
     """Draw training images with their class names, before and after augmentation."""
-    config = _load(arguments)
+    config = load_words(arguments)
     from dist_train.report.samples import draw
 
     draw(config, output, count)
@@ -157,7 +157,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Chooses where it is killed.")] = 0,
 ) -> None:
     """Prove on your own job that a killed run ends as an undisturbed one, bit for bit."""
-    config = _load(arguments)
+    config = load_words(arguments)
     import tempfile
 
     from dist_train.verify import verify
@@ -193,7 +193,7 @@ def submit(
         "partition": partition,
         "account": account,
     }
-    config = _load(words)
+    config = load_words(words)
     from dist_train import submit as submission
 
     command = submission.command(config, words, options, further)
@@ -267,13 +267,6 @@ def _version(
     if version:
         print(__version__)
         raise typer.Exit
-
-
-def _load(arguments: list[str]) -> Any:
-    """Files are what holds no `=`; overrides may stand anywhere among them."""
-    from dist_train.config import load
-
-    return load([a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
 
 
 def _is_main() -> bool:

@@ -184,11 +184,11 @@ def _slurm() -> Iterator[Finding]:
 def _wandb() -> Iterator[Finding]:
     import wandb
 
-    from dist_train.tracking import _has_key
+    from dist_train.tracking import has_key
 
     if mode := os.environ.get("WANDB_MODE"):
         yield Finding("W&B", f"WANDB_MODE={mode}")
-    elif _has_key(wandb):
+    elif has_key(wandb):
         yield Finding("W&B", "an API key is here: runs are mirrored online")
     else:
         yield Finding("W&B", "no API key: runs are logged offline", "`wandb login`, or `wandb sync` later")

@@ -95,9 +95,8 @@ def steps(
         skipped = False
         if clip_norm or skipping:
             norm = accelerator.clip_grad_norm_(trained, clip_norm or math.inf)
-            skipped = (
-                skipping and not norm.isfinite()
-            )  # the same on all ranks: DDP has added the gradients up
+            # The same on all ranks: DDP has added the gradients up.
+            skipped = skipping and not norm.isfinite()
         if not skipped or accelerator.scaler:  # the scaler skips by itself, and lowers its scale
             optimizer.step()
         optimizer.zero_grad()
@@ -123,6 +122,7 @@ def loop(
     saver: checkpoint.Checkpoints | None,
     watchdog: Watchdog,
     clock: Clock,
+    schedule: Callable[[int], float],
     total: int,
 ) -> str:
     """Trains from `state.step` to `total`; returns why it stopped before the end, or nothing.
@@ -133,7 +133,7 @@ def loop(
     eval_every, save_every = Every.parse(config.eval.every), Every.parse(config.checkpoint.every)
     best = Best.parse(config.checkpoint.best or task.best)
     eval_batches = sets.eval_loader(config, ranks)
-    batches: Iterator[data.Batch] = sets.train_batches(config, ranks, state.step, total)
+    batches: Iterator[data.Batch] = iter(sets.train_loader(config, ranks, state.step, total))
     if config.log.batches:
         attempt = ranks.from_main(tracker.attempt if tracker else 0)
         batches = data.recorded(
@@ -182,8 +182,6 @@ def loop(
             return interrupt.reason or "a signal to another rank"
         save(best.improves(state.metrics, state.best))
 
-    schedule = optim.schedule(config, total, per_epoch)
-    stop = False
     for done in steps(config, ranks, state, task, schedule, batches, total, clock, watchdog.beat):
         window.add(done.losses)
         bad += done.bad
@@ -201,9 +199,8 @@ def loop(
         # The one wait for the device and the other ranks: losses, and with them what each rank asks.
         watchdog.beat(state.step, "waiting for other ranks")
         timed = ranks.is_main and 0 < seconds_to_save() < time.monotonic() - saved_at
-        clock_seconds = clock.seconds_per_step
         stop_asked, save_now, seconds, unread = window.meet(
-            interrupt.is_set(), timed, clock_seconds, len(bad)
+            interrupt.is_set(), timed, clock.seconds_per_step, len(bad)
         )
         clock.settle()
         if config.on_nonfinite == "stop" and (ago := window.first_nonfinite()) is not None:

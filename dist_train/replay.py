@@ -7,17 +7,18 @@ N ranks did with M micro-batches each, one process does with N x M, by the same 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
 from dist_train.config import Config, UserError, load
-from dist_train.data.order import Part
-from dist_train.keys import key
 from dist_train.loop import steps
 from dist_train.meters import Clock
 from dist_train.report.pictures import write_grid
@@ -60,33 +61,28 @@ def replay(run: Path, step: int) -> Replayed:
     ranks = runtime.start(config)
     try:
         sets = data.build(config)
-        total = config.train.steps or (config.train.epochs or 0) * sets.steps_per_epoch(config)
+        total = sets.total_steps(config)
         if not 1 <= step <= total:
             raise UserError(f"{run}: there is no step {step:,}; the run has steps 1 to {total:,}.")
         state, task = states.build(config, ranks, sets), tasks.build(config)
-        start = _checkpoint_before(run, step)
+        start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
         if start:
             states.restore(config, start, state, ranks, allow_changes=True)
         schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-        batches = sets.train_batches(config, ranks, state.step, step)
+        read: deque[data.Batch] = deque(maxlen=config.train.accumulate)  # of the step taken last
+        batches = _remembered(iter(sets.train_loader(config, ranks, state.step, step)), read)
         clock = Clock(config.train.batch_size, dict.fromkeys(SECONDS, 0.0))
-        for _ in steps(config, ranks, state, task, schedule, batches, step - 1, clock):
-            pass
-        state.model.train()
-        samples: list[Seen] = []
-        for part in range(config.train.accumulate):
-            batch = next(batches)
-            runtime.seed_device(ranks.device, key(config.seed, "noise", step - 1, part))
-            with ranks.accelerator.autocast():
-                losses = task.loss(state.model(batch.inputs), batch.targets)
-            (losses.sum() * (1 / batch.part.total if batch.part.size else 0.0)).backward()
-            rank = part // (config.train.accumulate // world_size)
-            samples += _seen(sets, batch, batch.part, losses.tolist(), rank)
-        gradients = {
-            name: float(weight.grad.norm())
-            for name, weight in state.model.named_parameters()
-            if weight.grad is not None
-        }
+        taken = steps(config, ranks, state, task, schedule, batches, step, clock)
+        while state.step < step - 1:
+            next(taken)
+        gradients = _watch_gradients(state.model)
+        done = next(taken)
+        per_rank = config.train.accumulate // world_size
+        samples = [
+            seen
+            for part, (batch, (losses, _)) in enumerate(zip(read, done.losses, strict=True))
+            for seen in _seen(sets, batch, losses.tolist(), rank=part // per_rank)
+        ]
         mean = sum(seen.loss for seen in samples) / len(samples)
         return Replayed(str(start or "the initial weights"), samples, mean, gradients)
     finally:
@@ -106,21 +102,30 @@ def _on_one_cpu(config: Config, run: Path, world_size: int) -> Config:
     )
 
 
-def _checkpoint_before(run: Path, step: int) -> Path | None:
-    """The newest good checkpoint of the moment before `step`, or of an earlier one."""
-    for path in checkpoint.newest_first(run / "checkpoints"):
-        if checkpoint.step_of(path) < step:
-            try:
-                checkpoint.verify(path)
-                return path
-            except checkpoint.Damaged:
-                continue
-    return None
+def _remembered(batches: Iterator[data.Batch], last: deque[data.Batch]) -> Iterator[data.Batch]:
+    """`batches`; those that came last are in `last`."""
+    for batch in batches:
+        last.append(batch)
+        yield batch
 
 
-def _seen(sets: data.Data, batch: data.Batch, part: Part, losses: list[float], rank: int) -> list[Seen]:
+def _watch_gradients(model: nn.Module) -> dict[str, float]:
+    """The norm of the gradient of each weight, filled in by the backward passes to come."""
+    norms: dict[str, float] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            norms[name] = 0.0  # in the order of the model, not of the backward pass
+
+            def tell(weight: torch.Tensor, name: str = name) -> None:
+                norms[name] = float(weight.grad.norm())  # type: ignore[union-attr]
+
+            weight.register_post_accumulate_grad_hook(tell)
+    return norms
+
+
+def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) -> list[Seen]:
     seen = []
-    for place, index in enumerate(part.indices[: part.size].tolist()):
+    for place, index in enumerate(batch.part.indices[: batch.part.size].tolist()):
         target = batch.targets[place]
         label = str(target.tolist())
         if sets.classes and target.ndim == 0:

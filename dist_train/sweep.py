@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from omegaconf import OmegaConf
 
-from dist_train.config import UserError, load, nearest
+from dist_train.config import UserError, load_words, nearest
 from dist_train.keys import key
 
 FILE_KEYS = (
@@ -72,7 +72,7 @@ class Task:
     def check(self) -> None:
         """Raises UserError if the configuration refuses this task."""
         try:
-            _load(self.arguments)
+            load_words(self.arguments)
         except UserError as error:
             raise UserError(f"{self.file}: task {self.number}: {error}") from None
 
@@ -166,13 +166,9 @@ def _rounded(value: float) -> float:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def _load(words: Sequence[str]) -> Any:
-    return load([word for word in words if "=" not in word], [word for word in words if "=" in word])
-
-
 def _seed(words: Sequence[str], file: Path) -> int:
     try:  # the run's name and the length of its training may come from elsewhere
-        return _load([*words, "run.name=seed", "train.steps=1", "train.epochs=null"]).seed
+        return load_words([*words, "run.name=seed", "train.steps=1", "train.epochs=null"]).seed
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

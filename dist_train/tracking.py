@@ -131,7 +131,7 @@ class Tracker:
             "skipped_steps": skipped,
             "bad_samples": len(self._known_bad),
             "samples_per_second": self._speed,
-            "goodput": round(self.account.seconds["productive"] / max(self.seconds, 1e-9), 4),
+            "goodput": round(self.account.goodput(self.seconds), 4),
             "seconds": {
                 "total": round(self.seconds, 3),
                 **{name: round(value, 3) for name, value in self.account.seconds.items()},
@@ -159,9 +159,9 @@ class Tracker:
         self.progress.close()
         if self._mirror:
             seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
-            goodput = self.account.seconds["productive"] / max(self.seconds, 1e-9)
             counts = {"attempts": self.attempt, "lost_steps": self.account.lost_steps}
-            self._mirror.close(state == "failed", {"goodput": goodput, **counts, **seconds})
+            summary = {"goodput": self.account.goodput(self.seconds), **counts, **seconds}
+            self._mirror.close(state == "failed", summary)
         for lines in (self._metrics, self._log, self._bad):
             lines.close()
 
@@ -192,17 +192,17 @@ class Account:
             account.lost_steps += done - resumed
         return account
 
-    def add(self, name: str, seconds: float) -> None:
-        """Counts seconds as one of SECONDS."""
-        self.seconds[name] += seconds
+    def goodput(self, total: float) -> float:
+        """The share of `total` seconds that was productive."""
+        return self.seconds["productive"] / max(total, 1e-9)
 
     def told(self, total: float, attempts: int) -> str:
         """The account as a line of text."""
         parts = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.5)
-        share = self.seconds["productive"] / max(total, 1e-9)
         lost = f", {self.lost_steps:,} steps done again" if self.lost_steps else ""
         tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-        return f"goodput {share:.0%} of {clock(total)} in {tries}{lost} ({parts or 'all under 1s'})"
+        share = f"{self.goodput(total):.0%} of {clock(total)}"
+        return f"goodput {share} in {tries}{lost} ({parts or 'all under 1s'})"
 
 
 class Lines:
@@ -289,7 +289,7 @@ class Mirror:
         self._summary: dict[str, Any] = {}
         mode = config.wandb.mode
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
             if mode == "offline" and "WANDB_MODE" not in os.environ:
                 say("W&B: no API key, so the run is logged offline; `wandb sync` uploads it later.")
         self._options = _wandb_options(wandb, config, mode)
@@ -359,7 +359,8 @@ def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
     }
 
 
-def _has_key(wandb: Any) -> bool:
+def has_key(wandb: Any) -> bool:
+    """Whether W&B knows an API key here; nobody is asked for one."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:

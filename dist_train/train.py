@@ -103,11 +103,11 @@ def _fit(
         with ranks.main_of_node_first():
             sets = data.build(config, train_data, eval_data)
         state = states.build(config, ranks, sets, model)
-        per_epoch = sets.steps_per_epoch(config)
-        total = config.train.steps or (config.train.epochs or 0) * per_epoch
-        optim.schedule(config, total, per_epoch)  # its errors
+        total = sets.total_steps(config)
+        schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
         if lock:
             lock.check(notes.append)
+        there = checkpoint.newest_first(config.run_dir / "checkpoints")
         start = states.choose(config, notes.append) if ranks.is_main else None
     start = ranks.from_main(start)
     with ranks.together():
@@ -118,13 +118,15 @@ def _fit(
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics)
     with ranks.together():
+        newest = start
         if lock:
             _take(lock, config, notes)
-        newest = states.choose(config, lambda text: None) if lock else None
+            if checkpoint.newest_first(config.run_dir / "checkpoints") != there:
+                newest = states.choose(config, notes.append)  # another attempt has saved it meanwhile
     newest = ranks.from_main(newest)
     tracker = saver = None
     with ranks.together():
-        if newest and newest != start:  # another attempt has saved it in the meantime
+        if newest and newest != start:
             notes += states.restore(config, newest, state, ranks, allow_changes)
         if lock:
             tracker, saver = _open_record(config, ranks, total, started, state, notes)
@@ -140,7 +142,9 @@ def _fit(
         if any(ranks.gather(interrupt.is_set())):  # a signal came while all this was built
             reason = interrupt.reason or "a signal to another rank"
         else:
-            reason = loop(config, ranks, interrupt, state, sets, task, tracker, saver, watchdog, clock, total)
+            reason = loop(
+                config, ranks, interrupt, state, sets, task, tracker, saver, watchdog, clock, schedule, total
+            )
         end = "interrupted" if reason else "completed"
     except KeyboardInterrupt:
         end, reason = "interrupted", "a second SIGINT"

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,32 +167,34 @@ def _unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def _culprit(config: Config) -> str:
     """Which part of the data path gives the same sample differently when it is asked twice."""
     samples = data.build(config).train
+
+    def read(index: int) -> Any:
+        return samples.source[index][0]
+
     for index in range(min(len(samples), 8)):
-        images = []
-        for _ in range(2):
-            seed_sample(config.seed, 0, index)
-            images.append(samples.source[index][0])
-        if not _same(*images):
+        image = _twice(partial(read, index), config.seed, index)
+        if image is None:
             return f"the data set '{config.data.name}' itself draws random numbers of its own"
         names = config.data.train_transform
         names = config.data.eval_transform if names is None else names
         for position, name in enumerate(names):
             step = ImageTransform([name]).geometry
-            results = []
-            for _ in range(2):
-                seed_sample(config.seed, 0, index)
-                results.append(step(images[0]))
-            if not _same(*results):
+            image = _twice(partial(step, image), config.seed, index)
+            if image is None:
                 told = next(iter(name)) if isinstance(name, dict) else name
                 key = "eval" if config.data.train_transform is None else "train"
                 return (
                     f"data.{key}_transform[{position}], '{told}', draws random numbers that are not keyed:"
                     " take them from torch, random or numpy.random, which are seeded for each sample"
                 )
-            images[0] = results[0]
     return "none of the transforms alone; what they read may have changed meanwhile"
 
 
-def _same(one: Any, other: Any) -> bool:
-    plain = ImageTransform()
-    return torch.equal(plain(one), plain(other))
+def _twice(make: Callable[[], Any], seed: int, index: int) -> Any:
+    """The image that `make` gives for a sample, or None if it gives another one when it is asked again."""
+    images = []
+    for _ in range(2):
+        seed_sample(seed, 0, index)
+        images.append(make())
+    one, other = map(ImageTransform(), images)
+    return images[0] if torch.equal(one, other) else None

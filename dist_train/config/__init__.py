@@ -4,7 +4,7 @@ Imports nothing else of ours, and not torch: a typo is reported before anything 
 """
 
 from dist_train.config.errors import RunError, UserError, nearest
-from dist_train.config.load import from_mapping, load, to_mapping, to_yaml
+from dist_train.config.load import from_mapping, load, load_words, to_mapping, to_yaml
 from dist_train.config.objects import construct, import_object
 from dist_train.config.schema import Config, Every, get, parse_seconds
 
@@ -18,6 +18,7 @@ __all__ = [
     "get",
     "import_object",
     "load",
+    "load_words",
     "nearest",
     "parse_seconds",
     "to_mapping",

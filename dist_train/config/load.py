@@ -30,6 +30,12 @@ def load(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Con
     return _load([(_read_yaml(file), str(file)) for file in files], overrides, name)
 
 
+def load_words(words: Iterable[str]) -> Config:
+    """The configuration from the words of a command line: files are those without a `=`, in any place."""
+    words = list(words)
+    return load([word for word in words if "=" not in word], [word for word in words if "=" in word])
+
+
 def from_mapping(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
     """The configuration from nested dicts, as `fit` takes them and a checkpoint holds them."""
     return _load([(OmegaConf.create(dict(values)), "config")], overrides, "run")

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.loader import Batch, Samples, fetched_ahead, make_loader, recorded
+from dist_train.data.loader import Batch, Samples, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
@@ -42,20 +41,17 @@ class Data:
         """Optimizer steps in an epoch."""
         return steps_per_epoch(len(self.train), config.train.batch_size, config.data.drop_last)
 
+    def total_steps(self, config: Config) -> int:
+        """Optimizer steps of the whole run."""
+        return config.train.steps or (config.train.epochs or 0) * self.steps_per_epoch(config)
+
     def told(self, index: int) -> dict[str, Any]:
         """What a training sample is known by: its number, and the path of its file if it has one."""
         name = self.train.name(index)
         return {"sample": index} | ({} if name.startswith("sample ") else {"path": name})
 
-    def train_batches(self, config: Config, runtime: Runtime, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
-        loader = self.train_loader(config, runtime, start, stop)
-        # What draws no random numbers may be fetched beside the model, which draws its own.
-        ahead = self.train.is_keyless and loader.num_workers == 0
-        return fetched_ahead(iter(loader)) if ahead else iter(loader)
-
     def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
-        """The loader of these micro-batches."""
+        """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
         sampler = self.sampler(config, runtime.rank, runtime.world_size, start, stop)
         return make_loader(self.train, sampler, config, runtime)
 

@@ -13,7 +13,6 @@ import os
 import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,7 +27,6 @@ from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform, seed_sample
 from dist_train.runtime import Runtime, allowed_cpus
 
-READY_BYTES = 2**28  # per rank: what transformed images may take, that need not be transformed again
 MOST_BAD = 100  # in a row: then it isn't the samples
 
 
@@ -74,7 +72,6 @@ class Samples(Dataset[Any]):
     ) -> None:
         self.source, self.transform, self.target_transform = source, transform, target_transform
         self.seed, self.on_bad = seed, on_bad
-        self._ready: torch.Tensor | None = None  # all images as the model gets them, or as they are
 
     def __len__(self) -> int:
         return len(self.source)
@@ -94,7 +91,7 @@ class Samples(Dataset[Any]):
     def batch(self, part: Part) -> Batch:
         """The samples of a micro-batch, transformed as its epoch wants it."""
         memory = in_memory(self.source)
-        if memory is None or not self.transform.batched:
+        if memory is None or not self.is_batched:
             samples, bad = self.samples(part)
             shapes = {tuple(image.shape): None for image, _ in samples}
             if len(shapes) > 1:
@@ -108,24 +105,11 @@ class Samples(Dataset[Any]):
         index = torch.from_numpy(part.indices)
         if isinstance(self.source, Subset):
             index = torch.as_tensor(self.source.indices)[index]
-        if self._ready is None:
-            self._ready = self._transformed(memory.images)
-        # index_select copies whole images; images[index] goes byte by byte, at ten times the cost.
-        if self._ready is not memory.images:
-            images = self._ready.index_select(0, index)
-        else:
-            images = self.transform(memory.images.index_select(0, index))
-        targets = memory.labels.index_select(0, index)
+        # index_select copies whole images; memory.images[index] goes byte by byte, at ten times the cost.
+        images, targets = memory.images.index_select(0, index), memory.labels.index_select(0, index)
         if self.target_transform is not None:
             targets = torch.stack([torch.as_tensor(self.target_transform(t)) for t in targets])
-        return Batch(images, targets, part)
-
-    def _transformed(self, images: torch.Tensor) -> torch.Tensor:
-        """All of `images`, transformed once and for all; `images` themselves where that takes much memory."""
-        size = self.transform(images[:1]).numel() * 4 * len(images)
-        if size > READY_BYTES or get_worker_info() is not None:
-            return images
-        return torch.cat([self.transform(part) for part in images.split(1000)])
+        return Batch(self.transform(images), targets, part)
 
     def samples(self, part: Part) -> tuple[list[tuple[torch.Tensor, Any]], list[tuple[str, str]]]:
         """The samples of a micro-batch, and those that can't be read, with the reason.
@@ -169,9 +153,9 @@ class Samples(Dataset[Any]):
         return self.transform(image), label
 
     @property
-    def is_keyless(self) -> bool:
-        """Whether nothing random is done to a sample."""
-        return self.transform.batched and self.target_transform is None and in_memory(self.source) is not None
+    def is_batched(self) -> bool:
+        """Whether samples are in memory, and their transforms take whole batches and are not random."""
+        return self.transform.batched and in_memory(self.source) is not None
 
     @property
     def is_plain(self) -> bool:
@@ -192,8 +176,7 @@ def make_loader(
     options = config.data
     workers = options.workers
     if workers is None:
-        cheap = in_memory(samples.source) is not None and samples.transform.batched
-        workers = 0 if cheap else min(16, allowed_cpus() // runtime.local_world_size)
+        workers = 0 if samples.is_batched else min(16, allowed_cpus() // runtime.local_world_size)
     pin = runtime.device.type == "cuda" if options.pin_memory is None else options.pin_memory
     return DataLoader(
         samples,
@@ -205,15 +188,6 @@ def make_loader(
         persistent_workers=workers > 0,
         worker_init_fn=partial(_start_worker, _ending) if workers else None,
     )
-
-
-def fetched_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """`batches`, each fetched by a thread while the model works on the one before it."""
-    with ThreadPoolExecutor(1, thread_name_prefix="fetch") as thread:
-        coming = thread.submit(next, batches, None)
-        while (batch := coming.result()) is not None:
-            coming = thread.submit(next, batches, None)
-            yield batch
 
 
 def recorded(batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
