@@ -232,6 +232,30 @@ def wait_for() -> Callable[..., None]:
 
 
 @pytest.fixture
+def under_way(
+    start: Callable[..., Any], wait_for: Callable[..., None], npz: Path, tmp_path: Path
+) -> Callable[..., subprocess.Popen[str]]:
+    """under_way(*command, until=..., env={}) -> Popen of a training on `npz` that has done some steps.
+
+    `until` is a condition on its run's folder, runs/run; by default 5 steps are done.
+    """
+    from dist_train.tracking import read_status
+
+    run = tmp_path / "runs" / "run"
+
+    def begin(
+        *command: Any,
+        until: Callable[[Path], Any] = lambda run: read_status(run).get("step", 0) >= 5,
+        env: dict[str, Any] | None = None,
+    ) -> subprocess.Popen[str]:
+        process = start(*command, env=env)
+        wait_for(lambda: until(run), process)
+        return process
+
+    return begin
+
+
+@pytest.fixture
 def missing() -> Callable[[str], NoReturn]:
     """missing("g++ is not here"): skips the test, or fails it where CI is set."""
 

@@ -26,6 +26,7 @@ def slow(image):
     return image
 """
 SLOWLY = [*SMALL, "data.train_transform=[mine:slow]", "train.steps=60", "checkpoint.every=5", "log.every=1"]
+ENDLESS = ["-m", "dist_train", "train", *SLOWLY, "train.steps=100000"]
 
 
 def hold(folder: Path, **changes: object) -> Path:
@@ -35,17 +36,17 @@ def hold(folder: Path, **changes: object) -> Path:
     return folder / "lock"
 
 
+def saved(run: Path) -> bool:
+    """Whether the run has a checkpoint."""
+    return (run / "checkpoints/last.pt").exists()
+
+
 def test_a_second_attempt_is_refused_and_a_killed_one_is_no_obstacle(
-    start: Callable[..., subprocess.Popen[str]],
-    cli: Callable[..., Finished],
-    wait_for: Callable[..., None],
-    npz: Path,
-    tmp_path: Path,
+    under_way: Callable[..., subprocess.Popen[str]], cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(SLOW)
     run = tmp_path / "runs" / "run"
-    first = start("-m", "dist_train", "train", *SLOWLY, "train.steps=100000")
-    wait_for(lambda: (run / "checkpoints/last.pt").exists(), first)
+    first = under_way(*ENDLESS, until=saved)
     second = cli("train", *SLOWLY)
     assert second.rc == 2, second
     assert second.err.count("\n") == 1 and f"process {first.pid} on" in second.err, second
@@ -60,18 +61,13 @@ def test_a_second_attempt_is_refused_and_a_killed_one_is_no_obstacle(
 
 
 def test_a_newer_attempt_of_a_slurm_job_takes_over_and_the_older_one_ends(
-    start: Callable[..., subprocess.Popen[str]],
-    cli: Callable[..., Finished],
-    wait_for: Callable[..., None],
-    npz: Path,
-    tmp_path: Path,
+    under_way: Callable[..., subprocess.Popen[str]], cli: Callable[..., Finished], tmp_path: Path
 ) -> None:
     """As when a node is cut off: SLURM starts the job elsewhere, the old ranks know nothing of it."""
     (tmp_path / "mine.py").write_text(SLOW)
     run = tmp_path / "runs" / "run"
     job = {"SLURM_JOB_ID": 7, "SLURM_JOB_END_TIME": int(time.time()) + 86400}
-    old = start("-m", "dist_train", "train", *SLOWLY, "train.steps=100000", env=job)
-    wait_for(lambda: (run / "checkpoints/last.pt").exists(), old)
+    old = under_way(*ENDLESS, until=saved, env=job)
     assert cli("train", *SLOWLY, env=job).rc == 2
     words = [*SLOWLY, "train.steps=100000", "stop_after=12 s"]
     new = cli("train", *words, env=job | {"SLURM_RESTART_COUNT": 1})

@@ -34,31 +34,23 @@ def stuck():
     time.sleep(600)
 """
 HANGING = [*SMALL, "data.train_transform=[mine:hangs]", "train.steps=100000", "log.every=5"]
+ACCELERATE = [Path(sys.executable).parent / "accelerate", "launch", "--config_file"]
 
 
 def torchrun(*arguments: Any) -> list[Any]:
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "dist_train",
-        *arguments,
-    ]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*launcher, "-m", "dist_train", *arguments]
 
 
 # --- hangs -------------------------------------------------------------------------------------------
 
 
 def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
-    start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], npz: Path, tmp_path: Path
+    under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
-    words = torchrun("train", *HANGING, "watchdog_seconds=3")
-    process = start(*words, env={"HANGING": 1})
-    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+    process = under_way(*torchrun("train", *HANGING, "watchdog_seconds=3"), env={"HANGING": 1})
     (tmp_path / "now").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -122,13 +114,15 @@ def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in psutil.Process(process.pid).children(recursive=True) if "train" in p.cmdline()]
 
 
+def saved_because(run: Path, reason: str) -> bool:
+    """Whether the run was interrupted for this reason, and has saved its last step."""
+    status, step = read_status(run), last(run.parent.parent)["step"]
+    return (status["state"], status["reason"], status["step"]) == ("interrupted", reason, step) and step > 0
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_ranks_whose_launcher_is_gone_save_and_end(
-    launcher: str,
-    start: Callable[..., subprocess.Popen[str]],
-    wait_for: Callable[..., None],
-    npz: Path,
-    tmp_path: Path,
+    launcher: str, under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     """SIGKILL for torchrun; SIGTERM for `accelerate launch` of one process, which does not pass it on."""
     (tmp_path / "mine.py").write_text(HANGS)
@@ -136,55 +130,32 @@ def test_ranks_whose_launcher_is_gone_save_and_end(
     words = [*HANGING, "checkpoint.every=never"]
     command = torchrun("train", *words)
     if launcher == "accelerate":
-        tool = Path(sys.executable).parent / "accelerate"
-        command = [
-            tool,
-            "launch",
-            "--config_file",
-            REPO / "launch/cpu.yaml",
-            "-m",
-            "dist_train",
-            "train",
-            *words,
-        ]
-    process = start(*command, env={"HANGING": "none"})
-    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+        command = [*ACCELERATE, REPO / "launch/cpu.yaml", "-m", "dist_train", "train", *words]
+    process = under_way(*command, env={"HANGING": "none"})
     family = children(process)
     assert len(family) == (2 if launcher == "torchrun" else 1)
     process.send_signal(signal.SIGKILL if launcher == "torchrun" else signal.SIGTERM)
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
-    status = read_status(run)
-    assert (status["state"], status["reason"]) == ("interrupted", "the launcher is gone")
-    assert last(tmp_path)["step"] == status["step"] > 0
+    assert saved_because(run, "the launcher is gone"), read_status(run)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
-    launcher: str,
-    start: Callable[..., subprocess.Popen[str]],
-    wait_for: Callable[..., None],
-    npz: Path,
-    tmp_path: Path,
+    launcher: str, under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
-    words = [str(word) for word in torchrun("train", *HANGING, "checkpoint.every=never")]
-    command = [sys.executable, *words]
+    words = ["train", *HANGING, "checkpoint.every=never"]
+    command = [sys.executable, *torchrun(*words)]
     if launcher == "accelerate":
-        tool = str(Path(sys.executable).parent / "accelerate")
-        file = str(REPO / "launch/cpu_2.yaml")
-        command = [tool, "launch", "--config_file", file, *words[words.index("-m", 2) :]]
-    process = start(
-        "bash", "-c", f'. {REPO}/launch/signals.sh; exec "$@"', "bash", *command, env={"HANGING": "none"}
-    )
-    wait_for(lambda: read_status(run).get("step", 0) >= 5, process)
+        command = [*ACCELERATE, REPO / "launch/cpu_2.yaml", "-m", "dist_train", *words]
+    sourced = ["bash", "-c", f'. {REPO}/launch/signals.sh; exec "$@"', "bash"]
+    process = under_way(*sourced, *command, env={"HANGING": "none"})
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err  # the launcher lived on, and calls what it was told to do a failure
-    status = read_status(run)
-    assert (status["state"], status["reason"]) == ("interrupted", "SIGUSR1")
-    assert last(tmp_path)["step"] == status["step"] > 0
+    assert saved_because(run, "SIGUSR1"), read_status(run)
 
 
 def test_a_rank_that_dies_is_restarted_with_the_rest_and_nothing_changes(
@@ -222,9 +193,8 @@ def test_a_run_stops_itself_in_time_with_a_checkpoint(
     stopped = cli("train", *HANGING, "stop_after=8 s", env={"HANGING": "none"})
     assert stopped.rc == 75, stopped
     assert time.monotonic() - begin >= 8
-    status = read_status(tmp_path / "runs" / "run")
-    assert (status["state"], status["reason"]) == ("interrupted", "stop_after=8 s")
-    assert last(tmp_path)["step"] == status["step"] > 0
+    run = tmp_path / "runs" / "run"
+    assert saved_because(run, "stop_after=8 s"), read_status(run)
 
 
 def test_the_time_limit_of_slurm_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

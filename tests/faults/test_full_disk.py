@@ -21,6 +21,7 @@ def slow(image):
     return image
 """
 WORDS = [*SMALL, "data.train_transform=[mine:slow]", "checkpoint.every=5", "log.every=5", "eval.every=never"]
+Begin = Callable[[int], tuple[Path, subprocess.Popen[str]]]
 
 
 class Disk:
@@ -59,16 +60,27 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", "--lazy", str(small.folder)], check=True)
 
 
-def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(
+@pytest.fixture
+def begin(
     disk: Disk, start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], tmp_path: Path
-) -> None:
+) -> Begin:
+    """begin(steps) -> (run, Popen) of a training whose run lies on the disk, and that has saved there."""
     (tmp_path / "mine.py").write_text(SLOW)
     write_npz(tmp_path)
     run = disk.folder / "run"
     words = [*WORDS, f"run.dir={disk.folder}", "run.name=run", "model.args.hidden=[512]"]
-    process = start("-m", "dist_train", "train", *words, "train.steps=300")
+
+    def train(steps: int) -> tuple[Path, subprocess.Popen[str]]:
+        process = start("-m", "dist_train", "train", *words, f"train.steps={steps}")
+        wait_for(lambda: (run / "checkpoints" / "last.pt").exists(), process)
+        return run, process
+
+    return train
+
+
+def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(disk: Disk, begin: Begin) -> None:
+    run, process = begin(300)
     newest = lambda: step_of(newest_first(run / "checkpoints")[0])  # noqa: E731
-    wait_for(lambda: (run / "checkpoints" / "last.pt").exists(), process)
     disk.fill(process.pid)
     full = newest()
     printed: list[str] = []
@@ -90,15 +102,8 @@ def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(
     assert not list(run.rglob("*.tmp"))
 
 
-def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(
-    disk: Disk, start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], tmp_path: Path
-) -> None:
-    (tmp_path / "mine.py").write_text(SLOW)
-    write_npz(tmp_path)
-    run = disk.folder / "run"
-    words = [*WORDS, f"run.dir={disk.folder}", "run.name=run", "model.args.hidden=[512]"]
-    process = start("-m", "dist_train", "train", *words, "train.steps=60")
-    wait_for(lambda: (run / "checkpoints" / "last.pt").exists(), process)
+def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(disk: Disk, begin: Begin) -> None:
+    run, process = begin(60)
     disk.fill(process.pid)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
@@ -109,7 +114,7 @@ def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(
     assert good and step_of(good[0]) < 60
     assert not list(run.rglob("*.tmp"))
     disk.empty(process.pid)
-    again = start("-m", "dist_train", "train", *words, "train.steps=60")
+    _, again = begin(60)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
     assert f"(step {step_of(good[0]):,})" in err
