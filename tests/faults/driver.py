@@ -87,7 +87,9 @@ class Driver:
     def ranks(self) -> list[psutil.Process]:
         """The two ranks, rank 0 first."""
         assert self.process
-        return sorted(below(self.process.pid), key=lambda process: int(process.environ()["RANK"]))
+        launcher = self.process.pid
+        self.until(lambda: len(below(launcher)) == 2, "two ranks")
+        return sorted(below(launcher), key=lambda process: int(process.environ()["RANK"]))
 
     def family(self) -> list[psutil.Process]:
         """The launcher, its ranks, and their workers."""
@@ -256,7 +258,13 @@ KINDS: dict[str, Callable[[Driver], str]] = {
 
 def below(pid: int) -> list[psutil.Process]:
     """A process's children. (psutil's own `children` compares times of birth, which are rough.)"""
-    return [process for process in psutil.process_iter(["ppid"]) if process.info["ppid"] == pid]
+    found = []
+    for child in psutil.pids():
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            stat = Path(f"/proc/{child}/stat").read_text()
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(psutil.Process(child))
+    return found
 
 
 def check(driver: Driver) -> None:
