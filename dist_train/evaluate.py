@@ -44,6 +44,8 @@ def evaluate(
             break
         inputs, targets, _, unreadable = batch.to(runtime.device, channels_last)
         bad += unreadable
+        if not len(targets):  # all of them
+            continue
         outputs = model(inputs)
         measured = {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
         for name, value in measured.items():

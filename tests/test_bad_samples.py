@@ -51,19 +51,25 @@ def test_bad_samples_are_replaced_alike_for_any_number_of_processes_and_listed_o
     assert equal(last(tmp_path, "mended")["model"], last(tmp_path, "spoiled")["model"])
 
 
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [("dark/001.png", 16), ("dark/001.png", 1), ("bright/000.png", 5)],
+    ids=["in a batch", "a batch of its own", "the first of all"],
+)
 def test_evaluation_leaves_bad_samples_out(
-    here: Callable[..., Any], image_folder: Path, tmp_path: Path
+    name: str, batch: int, here: Callable[..., Any], image_folder: Path, tmp_path: Path
 ) -> None:
-    bad = image_folder / "val/dark/001.png"
+    bad = image_folder / "val" / name
+    words = [*SKIP, f"eval.batch_size={batch}"]
     kept = bad.read_bytes()
     spoil(bad)
-    with_bad = here(*SKIP, "run.name=bad").metrics
+    with_bad = here(*words, "run.name=bad").metrics
     bad.unlink()
-    without = here(*SKIP, "run.name=without").metrics
+    without = here(*words, "run.name=without").metrics
     bad.write_bytes(kept)
-    whole = here(*SKIP, "run.name=whole").metrics
+    whole = here(*words, "run.name=whole").metrics
     assert with_bad == pytest.approx(without) and with_bad != whole
-    assert "val/dark/001.png" in (tmp_path / "runs/bad/bad_samples.jsonl").read_text()
+    assert f"val/{name}" in (tmp_path / "runs/bad/bad_samples.jsonl").read_text()
 
 
 def test_a_whole_set_that_cannot_be_read_ends_the_training_even_then(

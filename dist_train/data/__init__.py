@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from dist_train.config import Config, UserError
 from dist_train.data.loader import Batch, Samples, make_loader, recorded
-from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
+from dist_train.data.order import DistributedSampler, EvalSampler, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.keys import key
@@ -118,8 +117,8 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     skip = options.on_bad_sample == "skip"
     train = Samples(train_data, training, on_target, config.seed, "replace" if skip else "stop")
     evaluation = Samples(eval_data, evaluating, on_target, config.seed, "leave out" if skip else "stop")
-    first = Part(0, 0, np.arange(1), 1, 1)
-    shape, train_shape = (tuple(samples.samples(first)[0][0][0].shape) for samples in (evaluation, train))
+    read = Samples.readable if skip else Samples.sample
+    shape, train_shape = (tuple(read(samples, 0, epoch=0)[0].shape) for samples in (evaluation, train))
     return Data(train, evaluation, classes, shape, train_shape, notes)
 
 

@@ -27,6 +27,7 @@ from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform, seed_sample
 from dist_train.runtime import Runtime, allowed_cpus
 
+UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's
 MOST_BAD = 100  # in a row: then it isn't the samples
 
 
@@ -100,8 +101,8 @@ class Samples(Dataset[Any]):
                     f"{self.transform.where}: images of shapes {one} and {other} don't fit into one batch;"
                     " give them one size, as by {Resize: {size: [64, 64]}}."
                 )
-            inputs, targets = default_collate(samples)
-            return Batch(inputs, targets, part, tuple(bad))
+            inputs, targets = default_collate(samples or [self.readable(0, part.epoch)])
+            return Batch(inputs[: len(samples)], targets[: len(samples)], part, tuple(bad))
         index = torch.from_numpy(part.indices)
         if isinstance(self.source, Subset):
             index = torch.as_tensor(self.source.indices)[index]
@@ -115,27 +116,37 @@ class Samples(Dataset[Any]):
         """The samples of a micro-batch, and those that can't be read, with the reason.
 
         A bad one is replaced by the next one of the data set that can be read, or left out. Raises
-        UserError where that is not wanted, and where none can be read.
+        UserError where neither is wanted.
         """
         if self.on_bad == "stop":
             return [self.sample(int(index), part.epoch) for index in part.indices], []
-        samples, bad = [], []
+        samples: list[tuple[torch.Tensor, Any]] = []
+        bad: list[tuple[str, str]] = []
         for index in part.indices.tolist():
-            for tried in range(index, index + MOST_BAD):
-                try:
-                    samples.append(self.sample(tried % len(self), part.epoch))
-                    break
-                except (BadSample, OSError, SyntaxError) as error:  # the latter two are PIL's
-                    bad.append((self.name(tried % len(self)), str(error)))
-                    if self.on_bad == "leave out":
-                        break
-            else:
-                raise UserError(
-                    f"{bad[-1][1]} Nor could any of the {MOST_BAD - 1} samples before it be read."
-                )
-        if not samples:
-            raise UserError(f"{bad[-1][1]} Nor could any other sample of its batch be read.")
+            try:
+                samples.append(self.sample(index, part.epoch))
+            except UNREADABLE as error:
+                bad.append((self.name(index), str(error)))
+                if self.on_bad == "replace":
+                    samples.append(self.readable(index + 1, part.epoch, bad))
         return samples, bad
+
+    def readable(
+        self, index: int, epoch: int, bad: list[tuple[str, str]] | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """The first sample from `index` on that can be read; those before it are added to `bad`.
+
+        Raises UserError where too many in a row can't be read.
+        """
+        for tried in range(index, index + MOST_BAD):
+            place = tried % len(self)
+            try:
+                return self.sample(place, epoch)
+            except UNREADABLE as error:
+                last = str(error)
+                if bad is not None:
+                    bad.append((self.name(place), last))
+        raise UserError(f"{last} Nor could any of the {MOST_BAD - 1} samples before it be read.")
 
     def name(self, index: int) -> str:
         """The path of a sample's file, or its number where there is none."""
