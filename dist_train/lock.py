@@ -6,6 +6,7 @@ is renewed while the holder lives, so that a lock that was left behind is recogn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -74,9 +75,10 @@ class Lock:
         return holder is None or holder.get("token") == self.token
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Gives the lock back; where that is impossible, it is recognized as left behind."""
         if self.is_ours():
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
 
 
 def _myself(token: str) -> dict[str, Any]:

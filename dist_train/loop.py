@@ -159,6 +159,8 @@ def loop(
 
     def save(is_best: bool) -> None:
         watchdog.beat(state.step, "saving")
+        if tracker:
+            tracker.flush()
         state.losses = window.losses
         with clock.aside("saving"):
             if saver and saver.wait():  # the best one may be among those that failed
@@ -225,7 +227,8 @@ def loop(
             save(is_best)
             saved_at = time.monotonic()
         if tracker:
-            tracker.status("running", state.step, skipped=state.skipped)
+            tracker.skipped = state.skipped
+            tracker.status("running", state.step)
         if stop:
             break
     failure = ""

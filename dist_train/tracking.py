@@ -57,7 +57,7 @@ class Tracker:
         before = read_status(self.folder)
         self.attempt = int(before.get("attempts", 0)) + 1
         self.account = Account.after(before, resumed)
-        self.step, self.trouble = resumed, ""
+        self.step, self.skipped, self.trouble = resumed, 0, ""
         self._speed: float | None = None
         self._metrics = Lines(self.folder / "metrics.jsonl")
         self._log = Lines(self.folder / "log.txt")
@@ -92,6 +92,10 @@ class Tracker:
         if self._mirror:
             self._mirror.rows.put(row)
 
+    def flush(self) -> None:
+        """Writes rows that had no room until now: ahead of a checkpoint, which takes them for written."""
+        self._metrics.flush()
+
     def say(self, text: str) -> None:
         """Shows a line and keeps it in log.txt."""
         self.progress.say(text)
@@ -110,7 +114,7 @@ class Tracker:
                 self._bad.add(json.dumps({"sample": sample, "reason": reason}))
                 self.warn(f"left out: {reason}")
 
-    def status(self, state: str, step: int, reason: str = "", skipped: int = 0) -> None:
+    def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: running, completed, interrupted or failed, and why."""
         now = time.monotonic()
         if state == "running" and now - self._status_at < STATUS_SECONDS:
@@ -128,7 +132,7 @@ class Tracker:
             "pid": os.getpid(),
             "slurm_job": slurm_job(os.environ),
             "lost_steps": self.account.lost_steps,
-            "skipped_steps": skipped,
+            "skipped_steps": self.skipped,
             "bad_samples": len(self._known_bad),
             "samples_per_second": self._speed,
             "goodput": round(self.account.goodput(self.seconds), 4),
@@ -152,9 +156,9 @@ class Tracker:
         self.status("failed", self.step, reason)
         self.say(reason)
 
-    def close(self, state: str, step: int, reason: str = "", skipped: int = 0) -> None:
+    def close(self, state: str, step: int, reason: str = "") -> None:
         """Ends the attempt's record."""
-        self.status(state, step, reason, skipped)
+        self.status(state, step, reason)
         self.say(self.account.told(self.seconds, self.attempt))
         self.progress.close()
         if self._mirror:
@@ -217,8 +221,15 @@ class Lines:
 
     def add(self, line: str) -> None:
         """Appends a line."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             self._waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, if that is possible now."""
+        with self._lock, contextlib.suppress(OSError):
+            if not self._waiting:
+                return
             if self._file is None:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
                 self._size = os.fstat(self._file).st_size

@@ -68,9 +68,14 @@ def fit(
     config = _with_names(config, model=model, data=train_data, task=task)
     with Interrupt() as interrupt:
         ranks = runtime.start(config)
+        lock = Lock(config.run_dir) if ranks.is_main else None
         try:
-            return _fit(config, ranks, interrupt, started, model, train_data, eval_data, task, allow_changes)
+            return _fit(
+                config, ranks, interrupt, lock, started, model, train_data, eval_data, task, allow_changes
+            )
         finally:
+            if lock:
+                lock.release()
             runtime.stop()
 
 
@@ -87,6 +92,7 @@ def _fit(
     config: Config,
     ranks: Runtime,
     interrupt: Interrupt,
+    lock: Lock | None,  # on rank 0
     started: float,
     model: nn.Module | None,
     train_data: Any,
@@ -96,7 +102,6 @@ def _fit(
 ) -> Result:
     """Builds everything, restores the state, runs the loop, and says how it ended."""
     notes: list[str] = []
-    lock = Lock(config.run_dir) if ranks.is_main else None
     with ranks.together():
         runtime.micro_batch(config.train.batch_size, ranks.world_size, config.train.accumulate)
         task = task or tasks.build(config)
@@ -156,9 +161,9 @@ def _fit(
         watchdog.stop()
         if saver and end == "failed":
             saver.wait()
-        if tracker and lock:
-            tracker.close(end, state.step, reason, state.skipped)
-            lock.release()
+        if tracker:
+            tracker.skipped = state.skipped
+            tracker.close(end, state.step, reason)
     ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
     return Result(config.run_dir, end, state.step, state.metrics)
 
@@ -183,6 +188,7 @@ def _open_record(
     try:
         checkpoint.write_atomically(config.run_dir / "config.yaml", lambda file: file.write(text))
         tracker = Tracker(config, Progress(total, state.step), total, started, state.step, ranks.world_size)
+        tracker.skipped = state.skipped
         for note in notes:
             tracker.say(note)
         saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, tracker.warn)

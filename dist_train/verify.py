@@ -83,10 +83,9 @@ def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
         else:
             process.wait()
         if process.returncode:
-            told = [line for line in log.read_text().splitlines() if line.startswith("dist-train: ")]
-            raise UserError(
-                told[-1].removeprefix("dist-train: ") if told else f"the job fails by itself: see {log}"
-            )
+            lines = log.read_text().splitlines()
+            told = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
+            raise UserError(told[-1] if told else "\n".join(["the job fails by itself:", *lines[-20:]]))
     finally:
         _kill(process)
 

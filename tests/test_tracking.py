@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dist_train.tracking import read_metrics
+from dist_train.tracking import Lines, read_lines, read_metrics
 from tests.conftest import Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
@@ -49,6 +49,18 @@ def test_a_row_that_a_kill_cut_short_and_rows_taken_back_are_left_out(tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     rows = read_metrics(tmp_path)
     assert [(row["step"], row["attempt"]) for row in rows] == [(5, 1), (10, 2), (10, 2), (15, 2)]
+
+
+def test_lines_that_found_no_room_are_written_when_there_is_some(tmp_path: Path) -> None:
+    lines = Lines(tmp_path / "away" / "metrics.jsonl")
+    lines.add('{"step": 5}')
+    lines.add('{"step": 10}')
+    lines.path.parent.mkdir()
+    lines.flush()
+    assert [row["step"] for row in read_lines(lines.path)] == [5, 10]
+    lines.flush()
+    lines.add('{"step": 15}')
+    assert [row["step"] for row in read_lines(lines.path)] == [5, 10, 15]
 
 
 def test_an_evaluation_that_is_made_up_for_takes_no_step_back(tmp_path: Path) -> None:

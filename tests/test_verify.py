@@ -49,3 +49,12 @@ def test_a_job_that_fails_by_itself_is_told_as_such(cli: Callable[..., Finished]
     result = cli("verify", *SMALL, "data.root=nowhere.npz")
     assert result.rc == 2, result
     assert "nowhere.npz" in result.err and "Traceback" not in result.err
+
+
+def test_what_a_job_of_ones_own_died_of_is_shown(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text("def breaks(image):\n    raise ArithmeticError('too much')\n")
+    result = cli("verify", *SMALL, "data.train_transform=[mine:breaks]")
+    assert result.rc == 2, result
+    assert "the job fails by itself" in result.err and "ArithmeticError: too much" in result.err
