@@ -385,12 +385,12 @@ def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A throwaway real Slurm of two nodes on this machine, for the whole session."""
+    """A throwaway real Slurm of three nodes on this machine, for the whole session."""
     from tests.slurm import cluster  # which imports this file
 
     lacking = cluster.missing() or ([] if os.geteuid() == 0 else ["the rights of root"])
     if lacking:
         what = f"a throwaway Slurm needs {', '.join(lacking)} (Debian: slurm-wlm, munge)"
         pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
-    with cluster.Cluster(tmp_path_factory.mktemp("slurm")) as running:
+    with cluster.Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as running:
         yield running

@@ -67,7 +67,7 @@ class Commands:
         """The job's state by its long name, such as PENDING or COMPLETED."""
         return self.job_info(job)["JobState"]
 
-    def wait(self, job: str, states: str | Collection[str], timeout: float = 60) -> dict[str, str]:
+    def wait(self, job: str, states: str | Collection[str], timeout: float = 120) -> dict[str, str]:
         """Waits for one of `states` and returns the job's info; fails if it ends otherwise."""
         wanted = {states} if isinstance(states, str) else set(states)
         deadline = time.monotonic() + timeout

@@ -44,7 +44,7 @@ class Jobs:
         output = self.folder / f"{name}.out"
         return output.read_text() if output.exists() else ""
 
-    def wait(self, job: str, condition: Callable[[], Any], seconds: float = 60) -> None:
+    def wait(self, job: str, condition: Callable[[], Any], seconds: float = 120) -> None:
         """Waits until condition(); fails if the job ends before or nothing comes."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -64,12 +64,3 @@ class Jobs:
         folder = self.folder / "runs" / run
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
         return int(rows[-1]["step"]) if rows else 0
-
-    def restart(self, job: str, *changes: str) -> None:
-        """Waits until the job is requeued, and starts it without the delay after a requeue."""
-        self.slurm.wait(job, "PENDING")
-        command = ["scontrol", "update", f"JobId={job}", "StartTime=now", *changes]
-        deadline = time.monotonic() + 60
-        while self.slurm.state(job) == "PENDING" and time.monotonic() < deadline:
-            self.slurm.run(command)  # again: it has no effect while the last attempt is cleared away
-            time.sleep(0.5)

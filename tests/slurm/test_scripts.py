@@ -37,7 +37,6 @@ def test_each_rank_has_its_own_number_and_each_attempt_its_own_port(slurm: Clust
         "--job-name=ranks", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--export=NONE",
         arguments=["a b.yaml", "x=$y"],
     )  # fmt: skip
-    jobs.restart(job)
     slurm.wait(job, "COMPLETED")
     told = [json.loads(line) for line in jobs.said("ranks").splitlines() if line.startswith("{")]
     assert len(told) == 8, jobs.said("ranks")
@@ -57,7 +56,6 @@ def test_each_rank_has_its_own_number_and_each_attempt_its_own_port(slurm: Clust
 def test_requeues_have_an_end(slurm: Cluster, tmp_path: Path) -> None:
     jobs = Jobs(slurm, tmp_path, rank(tmp_path, "echo attempt; exit 75"), "max_requeues=1")
     job = jobs.submit("--job-name=cap")
-    jobs.restart(job)
     info = slurm.wait(job, "FAILED")
     assert (info["Restarts"], info["ExitCode"]) == ("1", "75:0")
     assert jobs.said("cap").count("attempt\n") == 2
@@ -77,7 +75,6 @@ def test_the_last_task_of_an_array_requeues_itself_alone(slurm: Cluster, tmp_pat
     jobs.wait(last, lambda: jobs.said("array").count("task") == 3)
     assert f"task 2 job {array} attempt 0" in jobs.said("array")
     slurm.ask("scancel", "--signal=USR1", last)
-    jobs.restart(last)
     jobs.wait(last, lambda: f"task 2 job {array} attempt 1" in jobs.said("array"))
     (tmp_path / "go").touch()
     ends = {task: slurm.wait(f"{array}_{task}", "COMPLETED") for task in range(3)}
