@@ -1,6 +1,8 @@
 # Works with GNU make 3.81 (macOS) and later. Another interpreter: make test PYTHON=python3.12
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
+# Test files that run at a time: most tests wait more than they compute.
+JOBS ?= 3
 BIN := .venv/bin
 
 .PHONY: help train test lint format bench clean
@@ -18,7 +20,7 @@ test: .venv/installed-dev ## Run all checks: format, lint, types, tests (ARGS="-
 	check $(BIN)/ruff format --check .; \
 	check $(BIN)/ruff check .; \
 	check $(BIN)/mypy; \
-	check $(BIN)/python -m pytest $(ARGS); \
+	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS); \
 	exit $$failed
 
 lint: .venv/installed-dev ## Check format, lint and types
