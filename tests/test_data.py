@@ -18,6 +18,7 @@ import torchvision
 from dist_train import data
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import fashion_mnist as fashion
+from dist_train.data import loader
 from dist_train.data.order import DistributedSampler, EvalSampler
 from dist_train.data.sources import open_source
 from dist_train.runtime import Runtime
@@ -399,12 +400,34 @@ def test_a_batch_fetched_at_once_is_the_same_as_sample_by_sample(npz: Path) -> N
     source = {"name": "arrays", "root": str(npz), "mean": [0.3], "std": [0.2], "target_transform": "one_hot"}
     source |= {"eval_transform": [{"Resize": {"size": [6, 6]}}], "eval_fraction": 0.2}
     samples = data.build(config(data=source)).train
-    part = next(iter(DistributedSampler(len(samples), 8)))
-    batch = samples.batch(part)
-    for row, index in enumerate(part.indices.tolist()):
-        image, target = samples.sample(index, epoch=0)
-        assert torch.allclose(batch.inputs[row], image, atol=1e-6)
-        assert torch.equal(batch.targets[row], target)
+    parts = list(DistributedSampler(len(samples), 8))[:3]
+    for part, batch in zip(parts, samples.batches(parts), strict=True):
+        assert batch.part is part and len(batch.inputs) == len(batch.targets) == 8
+        for row, index in enumerate(part.indices.tolist()):
+            image, target = samples.sample(index, epoch=0)
+            assert torch.allclose(batch.inputs[row], image, atol=1e-6)
+            assert torch.equal(batch.targets[row], target)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_the_same_bits_from_whichever_step_a_run_goes_on(
+    workers: int, npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several are fetched at a time: which ones come together depends on where the run starts."""
+    source = {"name": "arrays", "root": str(npz), "mean": [0.3], "std": [0.2], "workers": workers}
+    setup = config(
+        data=source | {"train_transform": [{"Resize": {"size": [13, 9]}}], "shuffle": True},
+        train={"batch_size": 16, "accumulate": 2, "epochs": 3},
+    )
+    sets = data.build(setup)
+    monkeypatch.setattr(loader, "FETCH_BYTES", 3 * 8 * 13 * 9 * 4)  # three micro-batches
+    total = sets.total_steps(setup)
+    whole = list(sets.train_loader(setup, rank(), 0, total))
+    rest = list(sets.train_loader(setup, rank(), 4, total))
+    assert len(whole) == 2 * total and len(rest) == 2 * (total - 4)
+    for one, other in zip(whole[8:], rest, strict=True):
+        assert one.part.step == other.part.step and one.part.indices.tolist() == other.part.indices.tolist()
+        assert torch.equal(one.inputs, other.inputs) and torch.equal(one.targets, other.targets)
 
 
 def test_data_is_fetched_fully_when_a_set_gives_a_pil_image_or_an_array() -> None:

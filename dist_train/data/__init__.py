@@ -8,14 +8,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.loader import Batch, Samples, make_loader, recorded
+from dist_train.data.loader import Batch, Loader, Samples, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
@@ -49,10 +50,11 @@ class Data:
         name = self.train.name(index)
         return {"sample": index} | ({} if name.startswith("sample ") else {"path": name})
 
-    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> DataLoader[Batch]:
+    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> Loader:
         """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
         sampler = self.sampler(config, runtime.rank, runtime.world_size, start, stop)
-        return make_loader(self.train, sampler, config, runtime)
+        size = micro_batch(config.train.batch_size, runtime.world_size, config.train.accumulate)
+        return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
 
     def sampler(
         self, config: Config, rank: int, world_size: int, start: int, stop: int
@@ -71,12 +73,12 @@ class Data:
             stop=stop,
         )
 
-    def eval_loader(self, config: Config, runtime: Runtime) -> DataLoader[Batch]:
+    def eval_loader(self, config: Config, runtime: Runtime) -> Loader:
         """This rank's share of the eval set, each sample once."""
         per_rank = micro_batch(config.train.batch_size, runtime.world_size, config.train.accumulate)
         size = config.eval.batch_size or max(4 * per_rank, 1)
         sampler = EvalSampler(len(self.eval), size, runtime.rank, runtime.world_size)
-        return make_loader(self.eval, sampler, config, runtime)
+        return make_loader(self.eval, sampler, config, runtime, _bytes(size, self.sample_shape))
 
 
 def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data:
@@ -120,6 +122,11 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     read = Samples.readable if skip else Samples.sample
     shape, train_shape = (tuple(read(samples, 0, epoch=0)[0].shape) for samples in (evaluation, train))
     return Data(train, evaluation, classes, shape, train_shape, notes)
+
+
+def _bytes(size: int, shape: tuple[int, ...]) -> int:
+    """What a batch of float32 images takes."""
+    return 4 * size * math.prod(shape)
 
 
 def eval_transform(config: Config) -> ImageTransform:

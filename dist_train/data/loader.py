@@ -1,7 +1,7 @@
-"""Fetching: a data set as the DataLoader sees it, asked for whole micro-batches.
+"""Fetching: a data set as the DataLoader sees it, asked for several micro-batches at a time.
 
-A batch is fetched by one call. Sets in memory are indexed once per batch, and transforms that are not
-random run once per batch; all else is done sample by sample, with the sample's own seed.
+Where samples are in memory and no transform is random, they are fetched and transformed all at once, and
+batches are slices of the result; all else is done sample by sample, with the sample's own seed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import multiprocessing
 import os
 import signal
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate, get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, default_collate, get_worker_info
 
 from dist_train.config import Config, UserError
 from dist_train.data.images import BadSample, InMemory
@@ -28,6 +30,7 @@ from dist_train.data.transforms import ImageTransform, seed_sample
 from dist_train.runtime import Runtime, allowed_cpus
 
 UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's
+FETCH_BYTES = 2**22  # of images in memory that are transformed at a time: they stay in the CPU's cache
 MOST_BAD = 100  # in a row: then it isn't the samples
 
 
@@ -61,7 +64,7 @@ class Unreadable(NamedTuple):
 
 
 class Samples(Dataset[Any]):
-    """`source` with its transforms; `__getitems__` takes a `Part` and returns a `Batch`."""
+    """`source` with its transforms; `__getitems__` takes a list of `Part` and returns a `Batch` of each."""
 
     def __init__(
         self,
@@ -80,37 +83,42 @@ class Samples(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         return self.sample(index, epoch=0)
 
-    def __getitems__(self, part: Part) -> Batch | Unreadable:
+    def __getitems__(self, parts: Sequence[Part]) -> Sequence[Batch | Unreadable]:
         try:
-            return self.batch(part)
+            return self.batches(parts)
         except UserError as error:
             error.everywhere = False  # other ranks read other samples
             if get_worker_info() is None:
                 raise
-            return Unreadable(error)  # torch would put a traceback into its text
+            return [Unreadable(error)]  # torch would put a traceback into its text
 
-    def batch(self, part: Part) -> Batch:
-        """The samples of a micro-batch, transformed as its epoch wants it."""
+    def batches(self, parts: Sequence[Part]) -> list[Batch]:
+        """The micro-batches of these parts, transformed as their epochs want it."""
         memory = in_memory(self.source)
         if memory is None or not self.is_batched:
-            samples, bad = self.samples(part)
-            shapes = {tuple(image.shape): None for image, _ in samples}
-            if len(shapes) > 1:
-                one, other = [list(shape) for shape in shapes][:2]
-                raise UserError(
-                    f"{self.transform.where}: images of shapes {one} and {other} don't fit into one batch;"
-                    " give them one size, as by {Resize: {size: [64, 64]}}."
-                )
-            inputs, targets = default_collate(samples or [self.readable(0, part.epoch)])
-            return Batch(inputs[: len(samples)], targets[: len(samples)], part, tuple(bad))
-        index = torch.from_numpy(part.indices)
+            return [self.batch(part) for part in parts]
+        index = torch.from_numpy(np.concatenate([part.indices for part in parts]))
         if isinstance(self.source, Subset):
             index = torch.as_tensor(self.source.indices)[index]
         # index_select copies whole images; memory.images[index] goes byte by byte, at ten times the cost.
         images, targets = memory.images.index_select(0, index), memory.labels.index_select(0, index)
         if self.target_transform is not None:
             targets = torch.stack([torch.as_tensor(self.target_transform(t)) for t in targets])
-        return Batch(self.transform(images), targets, part)
+        images, sizes = self.transform(images), [len(part.indices) for part in parts]
+        return [Batch(*rows) for rows in zip(images.split(sizes), targets.split(sizes), parts, strict=True)]
+
+    def batch(self, part: Part) -> Batch:
+        """A micro-batch, fetched sample by sample."""
+        samples, bad = self.samples(part)
+        shapes = {tuple(image.shape): None for image, _ in samples}
+        if len(shapes) > 1:
+            one, other = [list(shape) for shape in shapes][:2]
+            raise UserError(
+                f"{self.transform.where}: images of shapes {one} and {other} don't fit into one batch;"
+                " give them one size, as by {Resize: {size: [64, 64]}}."
+            )
+        inputs, targets = default_collate(samples or [self.readable(0, part.epoch)])
+        return Batch(inputs[: len(samples)], targets[: len(samples)], part, tuple(bad))
 
     def samples(self, part: Part) -> tuple[list[tuple[torch.Tensor, Any]], list[tuple[str, str]]]:
         """The samples of a micro-batch, and those that can't be read, with the reason.
@@ -180,18 +188,26 @@ def in_memory(source: Any) -> InMemory | None:
     return base if type(base) is InMemory else None
 
 
+class Loader(DataLoader[Batch]):
+    """A DataLoader that is asked for several micro-batches at a time, and gives them one by one."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return chain.from_iterable(super().__iter__())  # type: ignore[arg-type]
+
+
 def make_loader(
-    samples: Samples, sampler: Iterable[Part], config: Config, runtime: Runtime
-) -> DataLoader[Batch]:
-    """A DataLoader of micro-batches, with workers and page-locked memory where they help."""
+    samples: Samples, sampler: Iterable[Part], config: Config, runtime: Runtime, batch_bytes: int
+) -> Loader:
+    """The loader of micro-batches of so many bytes, with workers and page-locked memory where they help."""
     options = config.data
     workers = options.workers
     if workers is None:
         workers = 0 if samples.is_batched else min(16, allowed_cpus() // runtime.local_world_size)
     pin = runtime.device.type == "cuda" if options.pin_memory is None else options.pin_memory
-    return DataLoader(
+    at_a_time = max(1, FETCH_BYTES // batch_bytes) if samples.is_batched else 1
+    return Loader(
         samples,
-        batch_sampler=sampler,  # type: ignore[arg-type]  # yields a Part where torch expects a list
+        batch_sampler=BatchSampler(sampler, at_a_time, drop_last=False),  # type: ignore[arg-type]
         collate_fn=_as_it_is,  # `__getitems__` returns whole batches
         num_workers=workers,
         pin_memory=pin and torch.cuda.is_available(),
