@@ -17,7 +17,7 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, UserError, from_mapping, load, to_yaml
+from dist_train.config import Config, RunError, UserError, from_mapping, load, to_yaml
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
 from dist_train.loop import loop
@@ -155,6 +155,9 @@ def _fit(
         end, reason = "interrupted", "a second SIGINT"
         raise
     except BaseException as error:
+        watchdog.stop()
+        if reason := watchdog.reason:  # a rank that hung has died, and this one has met with that
+            raise RunError(reason) from error
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise
     finally:

@@ -50,6 +50,7 @@ class Watchdog:
         self.folder, self.seconds = config.run_dir / "stacks", config.watchdog_seconds
         self.ranks, self.interrupt, self.lock, self.fail = ranks, interrupt, lock, fail
         self.at = (time.monotonic(), 0, "starting")
+        self.reason = ""  # for which it has given this rank up
         self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
         self._parent = os.getppid() if was_launched(os.environ) else None
         self._store = _store() if ranks.world_size > 1 else None
@@ -98,12 +99,14 @@ class Watchdog:
                 file.write(f"rank {self.ranks.rank} after step {step}: {doing}, {time.ctime()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        reason = f"no step for {self.seconds} s; {self._last()}; the stacks of each rank are in {self.folder}"
+        self.reason = (
+            f"no step for {self.seconds} s; {self._last()}; the stacks of each rank are in {self.folder}"
+        )
         if self.fail:
-            self.fail(reason)
-        self._ended.wait(3 * LOOK_SECONDS)  # the end of this rank would end the others before they write
-        if not self._ended.is_set():
-            _end(f"rank {self.ranks.rank}: {reason}")
+            self.fail(self.reason)
+        # The end of this rank would end the others before they write; rank 0, which tells, goes first.
+        if not self._ended.wait((3 if self.fail else 6) * LOOK_SECONDS):
+            _end(f"rank {self.ranks.rank}: {self.reason}")
 
     def _last(self) -> str:
         """Which rank came last, in words."""
