@@ -20,7 +20,7 @@ import psutil
 
 from dist_train.checkpoint import newest_first
 from dist_train.tracking import read_lines, read_metrics, read_status
-from tests.conftest import environment, kill, write_npz
+from tests.conftest import environment, kill, lives, write_npz
 from tests.distributed.ranks import last, same_bits, train
 
 SLOW = """
@@ -100,13 +100,9 @@ class Driver:
 
     def gone(self, family: list[psutil.Process]) -> None:
         """Waits until all these processes have ended by themselves."""
-
-        def living() -> list[psutil.Process]:
-            assert self.process
-            self.process.poll()
-            return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-        self.until(lambda: not living(), "end of all processes")
+        assert self.process
+        self.until(lambda: not any(map(lives, family)), "end of all processes")
+        self.process.wait(PATIENCE)
 
     def kill_all(self) -> None:
         """SIGKILL for everything, at once."""
@@ -183,10 +179,9 @@ class Driver:
         stacks.unlink(missing_ok=True)
         ranks[victim].send_signal(signal.SIGSTOP)
         self.until(stacks.exists, "stacks")
-        self.until(
-            lambda: not ranks[1 - victim].is_running() or ranks[1 - victim].status() == "zombie", "end"
-        )
-        ranks[victim].kill()  # as launcher or SLURM do in the end
+        self.until(lambda: not lives(ranks[1 - victim]), "end")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            ranks[victim].kill()  # as launcher or SLURM do in the end
         self.gone(family)
         told = (self.folder / "output.txt").read_text().splitlines()
         named = [line for line in told if line.startswith(f"dist-train: rank {1 - victim}: no step for 6 s")]

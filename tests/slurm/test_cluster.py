@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from tests.conftest import lives
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
@@ -52,8 +52,7 @@ def test_no_process_is_left(tmp_path: Path) -> None:
         names = {process.name() for process in processes}
         assert {"munged", "slurmctld", "slurmstepd", "slurm_script", "sleep"} <= names
     assert cluster.processes() == []
-    gone = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # init may be slow to reap
-    assert not [p for p in processes if p.is_running() and p.status() not in gone]
+    assert not any(map(lives, processes))
 
 
 def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

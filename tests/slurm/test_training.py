@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,9 +153,10 @@ def ranks_of(jobs: Jobs, name: str) -> list[psutil.Process]:
     """The processes of a run, by SLURM's number."""
     found = {}
     for process in jobs.slurm.processes():
-        words = process.cmdline()
-        if words[1:4] == ["-m", "dist_train", "train"] and f"run.name={name}" in words:
-            found[process.environ()["SLURM_PROCID"]] = process
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = process.cmdline()
+            if words[1:4] == ["-m", "dist_train", "train"] and f"run.name={name}" in words:
+                found[process.environ()["SLURM_PROCID"]] = process
     return [process for _, process in sorted(found.items())]
 
 
