@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+
+from tests import warm
 
 REPO = Path(__file__).resolve().parent.parent
 CLASSES = ["bright", "dark", "striped"]
@@ -74,7 +77,7 @@ def _finish(process: subprocess.Popen[str], timeout: float) -> Finished:
     return Finished(process.returncode, out, err)
 
 
-def kill(process: subprocess.Popen[Any]) -> None:
+def kill(process: subprocess.Popen[Any] | warm.Process) -> None:
     """Kills a process that `start` began, with all that it started, in whatever session they are."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
@@ -137,9 +140,23 @@ def run(start: Callable[..., Any]) -> Callable[..., Finished]:
 
 
 @pytest.fixture
-def cli(run: Callable[..., Finished]) -> Callable[..., Finished]:
-    """cli("train", ..., cwd=tmp_path, env={}) -> Finished: `python -m dist_train train ...`."""
-    return lambda *arguments, **options: run("-m", "dist_train", *arguments, **options)
+def cli(tmp_path: Path) -> Callable[..., Finished]:
+    """cli("train", ..., cwd=tmp_path, env={}, timeout=120) -> Finished: dist-train in its own process."""
+
+    def finish(
+        *arguments: Any, cwd: Path = tmp_path, env: dict[str, Any] | None = None, timeout: float = 120
+    ) -> Finished:
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            process = warm.Process(list(map(str, arguments)), cwd, environment(**(env or {})), out, err)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                kill(process)
+                pytest.fail(f"still running after {timeout} s: {process.args}\n{err.read_text()}")
+            return Finished(process.wait(), out.read_text(), err.read_text())
+
+    return finish
 
 
 ONE_AFTER_THE_OTHER = """

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.conftest import environment, free_port
+from tests.warm import Process
 
 ROOT = Path(__file__).parents[2]
-PYTHON = sys.executable
 SMALL = ["wandb.mode=disabled", "device=cpu", "data.workers=0"]
 
 
-def start(command: list[str], processes: int, cwd: Path) -> list[subprocess.Popen[str]]:
-    """Starts `command` on so many ranks; each in a process group of its own, its output in a file."""
+def start(arguments: list[str], processes: int, cwd: Path) -> list[Process]:
+    """Starts dist-train on so many ranks; each in a process group of its own, its output in a file."""
     port = str(free_port())
     started = []
     for rank in range(processes):
@@ -26,19 +24,14 @@ def start(command: list[str], processes: int, cwd: Path) -> list[subprocess.Pope
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        output = (cwd / f"rank{rank}.out").open("a")
-        started.append(
-            subprocess.Popen(
-                command, cwd=cwd, env=environment(**variables), stdin=subprocess.DEVNULL,
-                stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            )
-        )  # fmt: skip
+        output = cwd / f"rank{rank}.out"
+        started.append(Process(arguments, cwd, environment(**variables), output, output))
     return started
 
 
 def train_command(*arguments: str) -> list[str]:
-    """`python -m dist_train train ...` with what makes tests quick."""
-    return [PYTHON, "-m", "dist_train", "train", *SMALL, *arguments]
+    """`dist-train train ...` with what makes tests quick."""
+    return ["train", *SMALL, *arguments]
 
 
 def train(cwd: Path, *arguments: str, processes: int = 1, expect: int = 0) -> None:
