@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 # Test files that run at a time: most tests wait more than they compute.
-JOBS ?= 3
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: help train test lint format bench clean

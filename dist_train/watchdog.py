@@ -91,8 +91,9 @@ class Watchdog:
                 self._store.set(f"at/{self.ranks.rank}", json.dumps([time.time(), step, doing]))
 
     def _bite(self) -> None:
-        """Writes the stacks, names the rank that came last, and ends the process."""
-        _, step, doing = self.at
+        """Writes the stacks, names the rank that came last, and ends the process if it still hangs."""
+        at = self.at
+        _, step, doing = at
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
             with (self.folder / f"rank-{self.ranks.rank}.txt").open("w") as file:
@@ -105,8 +106,11 @@ class Watchdog:
         if self.fail:
             self.fail(self.reason)
         # The end of this rank would end the others before they write; rank 0, which tells, goes first.
-        if not self._ended.wait((3 if self.fail else 6) * LOOK_SECONDS):
+        if self._ended.wait((3 if self.fail else 6) * LOOK_SECONDS):
+            return
+        if self.at is at:
             _end(f"rank {self.ranks.rank}: {self.reason}")
+        self.reason = ""  # it was slow, and moves again
 
     def _last(self) -> str:
         """Which rank came last, in words."""

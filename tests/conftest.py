@@ -43,6 +43,11 @@ class Finished:
         return f"exit code {self.rc}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take minutes come first: others run beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,11 @@ def hangs(image):
     return image
 
 def stuck():
+    if "PAUSES" in os.environ:  # for longer than the watchdog waits, but not for good
+        pathlib.Path("now").unlink()
+        while not pathlib.Path("runs/run/stacks/rank-0.txt").exists():
+            time.sleep(0.01)
+        return time.sleep(1)
     if "DIES" in os.environ:  # when rank 0 has noticed
         while not pathlib.Path("runs/run/stacks/rank-0.txt").exists():
             time.sleep(0.01)
@@ -67,6 +72,24 @@ def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
     if not then:
         assert "in stuck" in (run / "stacks" / "rank-1.txt").read_text()
     assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_step_that_was_slow_but_ends_is_no_hang(
+    under_way: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    run = tmp_path / "runs" / "run"
+    process = under_way(
+        "-m", "dist_train", "train", *HANGING, "watchdog_seconds=3", env={"HANGING": 0, "PAUSES": 1}
+    )
+    (tmp_path / "now").touch()
+    wait_for((run / "stacks" / "rank-0.txt").exists, process)
+    at = read_status(run)["step"]
+    wait_for(lambda: read_status(run)["state"] == "running" and read_status(run)["step"] > at, process)
+    time.sleep(5)  # the watchdog would have ended it by now
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "no step for 3 s" in err
 
 
 def test_a_stopped_rank_is_named_by_the_others(

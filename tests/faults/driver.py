@@ -34,7 +34,7 @@ COMMON = [
     "data.name=arrays", "data.root=arrays.npz", "train.batch_size=16", "model.args.hidden=[256,256]",
     "model.args.dropout=0.3", "data.train_transform=[RandomHorizontalFlip,mine:slow]", "data.workers=1",
     "optim.args.momentum=0.9", "train.ema=0.9", "log.every=5", "eval.every=50", "checkpoint.every=5",
-    "checkpoint.keep=3", "watchdog_seconds=6",
+    "checkpoint.keep=3", "watchdog_seconds=10",
 ]  # fmt: skip
 PATIENCE = 90.0  # seconds within which whatever is waited for must come
 
@@ -184,7 +184,7 @@ class Driver:
             ranks[victim].kill()  # as launcher or SLURM do in the end
         self.gone(family)
         told = (self.folder / "output.txt").read_text().splitlines()
-        named = [line for line in told if line.startswith(f"dist-train: rank {1 - victim}: no step for 6 s")]
+        named = [line for line in told if line.startswith(f"dist-train: rank {1 - victim}: no step for 10 s")]
         assert named, told[-20:]
         if victim == 1:  # rank 0 keeps the record
             assert "rank 1 came last" in named[-1], named[-1]
@@ -268,7 +268,9 @@ def check(driver: Driver) -> None:
     status = read_status(run)
     assert status["state"] == "completed"
     total = status["step"]
-    train(folder, *COMMON, "run.name=undisturbed", f"train.steps={total}", processes=2)
+    train(
+        folder, *COMMON, "watchdog_seconds=600", "run.name=undisturbed", f"train.steps={total}", processes=2
+    )
     assert same_bits(last(folder, "undisturbed"), last(folder, "faults"))
     assert history(run) == history(folder / "runs" / "undisturbed")
     rows = list(read_lines(run / "metrics.jsonl"))
