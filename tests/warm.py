@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -33,26 +34,12 @@ class Process:
     def __init__(
         self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path, errors: Path
     ) -> None:
-        kept = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # for the server, if it starts now
         given = (list(arguments), str(cwd), dict(env), str(output), str(errors))
         self._process = CONTEXT.Process(target=_main, args=given)
-        self._process.start()
-        if kept is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = kept
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # for the server, if it starts now
+            self._process.start()
         self.pid = self._process.pid or 0
         self.args = ["dist-train", *arguments]
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, or minus the number of the signal that killed it; None while it runs."""
-        return self._process.exitcode
-
-    def poll(self) -> int | None:
-        """The same."""
-        return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for the end; returns the exit code. Raises subprocess.TimeoutExpired."""
