@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,16 @@ def test_of_two_attempts_that_find_the_same_stale_lock_one_goes_on(tmp_path: Pat
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["refused"] * 3 + ["taken"]
+
+
+def test_an_attempt_that_ends_before_its_first_step_gives_the_lock_back(
+    here: Callable[..., Any], npz: Path, tmp_path: Path
+) -> None:
+    """Also in a process that lives on, as a notebook's does."""
+    run = tmp_path / "runs" / "run"
+    (run / "config.yaml").mkdir(parents=True)  # in the way of what is written after the lock is taken
+    with pytest.raises(UserError, match="can't be written"):
+        here(*SMALL, "train.steps=2")
+    assert not (run / "lock").exists()
+    (run / "config.yaml").rmdir()
+    assert here(*SMALL, "train.steps=2").step == 2
