@@ -55,9 +55,9 @@ def steps(
     """Takes the optimizer steps from `state.step` to `stop`, one each time it is asked."""
     accelerator, device = ranks.accelerator, ranks.device
     accumulate, clip_norm = config.train.accumulate, config.train.clip_norm
-    model, optimizer = accelerator.prepare(state.model, state.optimizer)  # may move the weights
-    if not accelerator.scaler:  # the wrapper costs 60 us a step, and only fp16's loss scale needs it
-        optimizer = state.optimizer
+    model, optimizer = state.trained, state.optimizer
+    if accelerator.scaler:  # the wrapper costs 60 us a step, and only fp16's loss scale needs it
+        optimizer = accelerator.prepare_optimizer(optimizer)
     # Accelerate's divides the loss by its own accumulation, 1 here; only a loss scale needs it.
     backward = accelerator.backward if accelerator.scaler else torch.Tensor.backward
     model.train()

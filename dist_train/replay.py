@@ -65,6 +65,7 @@ def replay(run: Path, step: int) -> Replayed:
         if not 1 <= step <= total:
             raise UserError(f"{run}: there is no step {step:,}; the run has steps 1 to {total:,}.")
         state, task = states.build(config, ranks, sets), tasks.build(config)
+        states.spread(config, state, ranks)
         start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
         if start:
             states.restore(config, start, state, ranks, allow_changes=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import Config, UserError
 from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks, was_launched
@@ -41,10 +43,26 @@ class Runtime:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all ranks, in place; on one process nothing is done."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        """The sum of a small `tensor` over all ranks, in the order of ranks."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return tree_sum(parts)
+
+    def sum_gradients_in_order(self, model: nn.Module) -> None:
+        """Makes DDP add up gradients in one order, whatever the place of a gradient in its buckets.
+
+        Its own all-reduce begins at another rank from place to place, and the first step of an attempt
+        fills the buckets otherwise than later ones: so with three ranks and more, a run that went on
+        would round differently. With two there is one order only. On GPUs this is left to NCCL, which is
+        faster, unless `deterministic` asks for it.
+        """
+        fixed = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        if self.world_size > 2 and fixed:
+            assert isinstance(model, DistributedDataParallel)
+            # DDP refuses annotations that are texts, so it gets a function without any.
+            model.register_comm_hook(self.world_size, lambda size, bucket: mean_in_order(size, bucket))
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` (any small picklable object) on every rank."""
@@ -178,6 +196,32 @@ def _agree(store: dist.Store, rank: int, world_size: int, seconds: float) -> str
             raise RuntimeError(f"ranks {sorted(missing)} have not come in {seconds:.0f} s")
         time.sleep(0.01)
     return mine
+
+
+def mean_in_order(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A communication hook of DDP: the mean of a bucket over all ranks, each element by `tree_sum`.
+
+    Each rank adds up one shard of all ranks' buckets, then all gather the shards: no more traffic than
+    that of a ring.
+    """
+    flat = bucket.buffer()
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % world_size)])
+    shards = torch.empty_like(padded)
+    dist.all_to_all_single(shards, padded)
+    shard = tree_sum(shards.chunk(world_size)).div_(world_size)
+    dist.all_gather(list(padded.chunk(world_size)), shard)
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    future.set_result(padded[: len(flat)])
+    return future
+
+
+def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors of one shape, added up in pairs, then in pairs of pairs, in this order."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        odd = parts[len(parts) // 2 * 2 :]
+        parts = [*(left + right for left, right in pairs), *odd]
+    return parts[0]
 
 
 def stop() -> None:

@@ -24,7 +24,8 @@ from dist_train.runtime import Runtime
 class State:
     """The state of a run: its step and its tensors."""
 
-    model: nn.Module  # bare: not compiled, not wrapped
+    model: nn.Module  # not wrapped by DDP
+    trained: nn.Module  # what a step calls: `model`, from `spread` on in DDP where there are several ranks
     optimizer: torch.optim.Optimizer
     average: nn.Module | None = None  # moving average of the weights
     step: int = 0  # optimizer steps done
@@ -48,7 +49,6 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
-    given = model is not None
     if model is None:
         if not data.classes and config.task.name == "classification":
             raise UserError("data: the data set has no `classes`, so the model's outputs can't be counted.")
@@ -58,15 +58,21 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
     for shape in {data.sample_shape, data.train_shape}:
         models.probe(model, shape, config.model.name)
     model.to(runtime.device)
-    if given and runtime.world_size > 1:  # made by the user's program, on each rank perhaps another
-        for value in model.state_dict().values():
-            torch.distributed.broadcast(value, 0)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = copy.deepcopy(model).requires_grad_(False) if config.train.ema else None
+    return State(model, model, optim.build(config, model))
+
+
+def spread(config: Config, state: State, ranks: Runtime) -> None:
+    """Wraps the model for all ranks, which must all come here: rank 0's weights, autocast, the sum of
+    gradients; and makes the moving average, which is evaluated in the same arithmetic.
+    """
+    state.trained = ranks.accelerator.prepare_model(state.model)
+    ranks.sum_gradients_in_order(state.trained)
+    if config.train.ema:
+        state.average = copy.deepcopy(state.model).requires_grad_(False)
     if config.compile:
-        model.compile()
-    return State(model, optim.build(config, model), average)
+        state.model.compile()
 
 
 def to_dict(config: Config, state: State, data: Data, ranks: Runtime) -> dict[str, Any]:

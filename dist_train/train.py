@@ -115,6 +115,7 @@ def _fit(
         there = checkpoint.newest_first(config.run_dir / "checkpoints")
         start = states.choose(config, notes.append) if ranks.is_main else None
     start = ranks.from_main(start)
+    states.spread(config, state, ranks)
     with ranks.together():
         if start:
             notes += states.restore(config, start, state, ranks, allow_changes)

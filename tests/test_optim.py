@@ -229,3 +229,11 @@ def test_a_compiled_model_trains_to_the_same_and_its_checkpoint_is_plain(
     assert torch.allclose(flat(plain["model"]), flat(compiled["model"]), atol=1e-5)
     metrics = evaluate_run("runs/compiled", ["compile=false"])
     assert metrics["eval/loss"] == pytest.approx(compiled["metrics"]["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_moving_average_is_evaluated_in_the_arithmetic_of_the_run(
+    precision: str, here: Callable[..., Any], small: list[str]
+) -> None:
+    result = here(*small, f"precision={precision}", "train.ema=0.9", "model.args.hidden=[64]")
+    assert evaluate_run(result.folder / "checkpoints/last.pt") == result.metrics

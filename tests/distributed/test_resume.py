@@ -35,12 +35,18 @@ def sample(tmp_path: Path) -> str:
     return f"data.root={assets}"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "processes"),
+    [(model, processes) for model in MODELS for processes in (1, 2)]
+    # DDP's own sum depends on the place in its buckets, which differ in the first step of an attempt.
+    + [("mlp with dropout", 3), ("cnn with batchnorm", 4)],
+)
 def test_a_run_killed_in_mid_epoch_ends_with_the_same_weights(
     tmp_path: Path, sample: str, model: str, processes: int
 ) -> None:
     arguments = [*COMMON, *MODELS[model], sample]
+    if processes > 2:  # a last batch of 24 leaves some of the parts short
+        arguments += ["train.batch_size=72", "model.args.dropout=0.2", "data.workers=0"]
     train(tmp_path, *arguments, "run.name=undisturbed", processes=processes)
     kills = random.Random(f"{model} {processes}")
     metrics = tmp_path / "runs" / "killed" / "metrics.jsonl"
@@ -94,7 +100,7 @@ def test_a_run_interrupted_in_the_middle_of_an_evaluation_repeats_it(tmp_path: P
     (tmp_path / "mine.py").write_text(STOPS_ITSELF)
     arguments = [
         sample, "task.name=mine:StopsItself", "train.steps=30", "model.args.hidden=[16]",
-        "eval.every=10", "eval.batch_size=400", "checkpoint.every=never",
+        "eval.every=10", "eval.batch_size=400", "checkpoint.every=never", "precision=bf16",
     ]  # fmt: skip
     train(tmp_path, *arguments, "run.name=undisturbed")
     (tmp_path / "armed").touch()
