@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,13 +87,17 @@ def one_cycle(t: float, rise: float = 0.3, start: float = 0.04, final: float = 0
 
     The policy of Smith and Topin (2018), momentum left alone.
     """
-    if t < rise:
+    if not 0 <= rise <= 1:
+        raise ValueError(f"rise is a share of the time, from 0 to 1, not {rise}")
+    if t < rise or rise == 1:
         return 1 + (start - 1) * (1 + math.cos(math.pi * t / rise)) / 2
     return cosine((t - rise) / (1 - rise), final)
 
 
 def step(t: float, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1) -> float:
-    """Times `gamma` at each of the moments `milestones`."""
+    """Times `gamma` at each of the moments `milestones`, from 0 to 1."""
+    if not isinstance(milestones, (list, tuple)) or not all(0 <= moment <= 1 for moment in milestones):
+        raise ValueError(f"milestones is a list of moments from 0 to 1, not {milestones!r}")
     return gamma ** sum(t >= moment for moment in milestones)
 
 
@@ -104,13 +109,21 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
     function, args = SCHEDULES[config.schedule.name], config.schedule.args
     if "t" in args:
         raise UserError("schedule.args.t: the moment is not yours to set.")
-    construct(function, args, "schedule.args", t=0.0)  # its errors, before the training begins
     warmup = Every.parse(config.schedule.warmup).in_steps(steps_per_epoch)
     if warmup >= total and warmup:
         raise UserError(
             f"schedule.warmup: {warmup} steps of warm-up in a training of {total} steps; shorten it."
         )
     peak = config.optim.lr
+    for t in _corners(args):  # what is wrong at any step, before the first one
+        rate = peak * construct(
+            function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t
+        )
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UserError(
+                f"schedule.args: with {args} the learning rate of {config.schedule.name} is {rate:g}"
+                f" at the moment {t:g} (from 0 to 1); it must be a number from 0 on."
+            )
 
     def lr(step: int) -> float:
         if step < warmup:
@@ -118,6 +131,16 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
         return peak * function((step - warmup) / max(1, total - 1 - warmup), **args)
 
     return lr
+
+
+def _corners(args: dict[str, Any]) -> list[float]:
+    """Moments from 0 to 1 that show what a schedule does: some everywhere, and those about each argument."""
+    values = [item for value in args.values() for item in (value if isinstance(value, list) else [value])]
+    moments = [value for value in values if isinstance(value, (int, float)) and 0 < value < 1]
+    about = [
+        near for moment in moments for near in (math.nextafter(moment, 0), moment, math.nextafter(moment, 1))
+    ]
+    return [*(k / 20 for k in range(21)), *about]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -81,6 +81,44 @@ def test_a_run_of_one_step_has_a_rate() -> None:
         assert math.isfinite(*rates(1, name=name))
 
 
+def test_one_cycle_may_only_rise_or_only_fall() -> None:
+    rising, falling = (rates(11, name="one_cycle", args={"rise": rise}) for rise in (1.0, 0.0))
+    assert [rising[0], rising[-1]] == pytest.approx([0.04, 1])
+    assert rising == sorted(rising)
+    assert [falling[0], falling[-1]] == pytest.approx([1, 0], abs=1e-12)
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("one_cycle", {"rise": 1.5}, "rise is a share of the time, from 0 to 1, not 1.5"),
+        ("one_cycle", {"rise": math.nan}, "rise is a share of the time"),
+        ("one_cycle", {"rise": "0.3"}, "one_cycle refused"),
+        ("one_cycle", {"start": -0.1}, "the learning rate of one_cycle is -0.1 at the moment 0 "),
+        ("cosine", {"final": math.nan}, "the learning rate of cosine is nan"),
+        ("cosine", {"final": "0.1"}, "cosine refused"),
+        ("linear", {"final": -1}, "is -0.1 at the moment 0.55"),
+        ("linear", {"final": math.inf}, "the learning rate of linear is"),
+        ("step", {"milestones": [0.5, "0.75"]}, "step refused"),
+        ("step", {"milestones": "0.5"}, "milestones is a list of moments from 0 to 1, not '0.5'"),
+        ("step", {"milestones": [30, 60]}, r"milestones is a list of moments from 0 to 1, not \[30, 60\]"),
+        ("step", {"milestones": 0.5}, "milestones is a list"),
+        ("step", {"gamma": "0.1"}, "step refused"),
+        ("step", {"gamma": -0.1, "milestones": [0.501, 0.502]}, "is -0.1 at the moment 0.501"),
+        ("step", {"gamma": 1e200}, "step refused"),
+    ],
+)
+def test_a_schedule_that_would_fail_at_some_step_is_refused_at_the_start(
+    name: str, args: dict[str, Any], told: str
+) -> None:
+    config = from_mapping(
+        {"optim": {"lr": 1}, "schedule": {"name": name, "args": args}, "train": {"steps": 9}}
+    )
+    with pytest.raises(UserError, match=f"schedule.args: .*{told}"):
+        optim.schedule(config, 9, 9)
+
+
 def test_the_rate_in_the_record_is_the_one_that_was_used(
     here: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
