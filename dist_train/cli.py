@@ -166,7 +166,7 @@ def verify(
         differences = verify(config, Path(folder), steps, kills, processes, seed, print)
     if differences:
         raise RunError("\n".join(differences))
-    print("identical bit for bit: samples, inputs, targets, losses and weights of every step")
+    print("identical bit for bit: samples, inputs, targets, losses, weights and averages of every step")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +19,12 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, UserError, load
+from dist_train.config import Config, UserError, from_mapping, load, to_mapping
 from dist_train.loop import steps
 from dist_train.meters import Clock
 from dist_train.report.pictures import write_grid
-from dist_train.tracking import SECONDS, read_status
+from dist_train.runtime import Runtime
+from dist_train.tracking import SECONDS, read_attempts, read_status
 
 COLUMNS = 8
 
@@ -52,46 +54,77 @@ class Replayed:
 def replay(run: Path, step: int) -> Replayed:
     """Rebuilds optimizer step `step`, counted from 1 as in metrics.jsonl, of the run in folder `run`.
 
+    Each step is done as the attempt did it that came to it last: with its configuration, and its parts of
+    the global batch.
+
     Raises UserError where there is no such run or step.
     """
+    attempts = _attempts(run)
+    start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
+    origin = attempts[0]["config"].get("resume", "auto")
+    if start is None and attempts[0]["step"] and origin != "auto":  # it began as another run's state
+        start = checkpoint.find(origin)
+    saved = checkpoint.load(start) if start else None
+    done = saved["step"] if saved else 0
+    if step <= done:
+        raise UserError(f"{run}: there is no step {step:,}; the run begins with step {done + 1:,}.")
+    while True:
+        number = max(n for n, attempt in enumerate(attempts) if attempt["step"] <= done or n == 0)
+        done = min([step, *(later["step"] for later in attempts[number + 1 :])])
+        config = _on_one_cpu(attempts[number], run)
+        ranks = runtime.start(config)
+        try:
+            told, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
+        finally:
+            runtime.stop()
+        if done == step:
+            return replace(told, start=str(start or "the initial weights"))
+
+
+def _attempts(run: Path) -> list[dict[str, Any]]:
+    """The run's attempts, in their order. Raises UserError if there is no such run."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: there is no run with a config.yaml.")
-    world_size = int(read_status(run).get("processes", 1))
-    config = _on_one_cpu(load([run / "config.yaml"]), run, world_size)
-    ranks = runtime.start(config)
-    try:
-        sets = data.build(config)
-        total = sets.total_steps(config)
-        if not 1 <= step <= total:
-            raise UserError(f"{run}: there is no step {step:,}; the run has steps 1 to {total:,}.")
-        state, task = states.build(config, ranks, sets), tasks.build(config)
-        states.spread(config, state, ranks)
-        start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
-        if start:
-            states.restore(config, start, state, ranks, allow_changes=True)
-        schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-        read: deque[data.Batch] = deque(maxlen=config.train.accumulate)  # of the step taken last
-        batches = _remembered(iter(sets.train_loader(config, ranks, state.step, step)), read)
-        clock = Clock(config.train.batch_size, dict.fromkeys(SECONDS, 0.0))
-        taken = steps(config, ranks, state, task, schedule, batches, step, clock)
-        while state.step < step - 1:
-            next(taken)
-        gradients = _watch_gradients(state.model)
-        done = next(taken)
-        per_rank = config.train.accumulate // world_size
-        samples = [
-            seen
-            for part, (batch, (losses, _)) in enumerate(zip(read, done.losses, strict=True))
-            for seen in _seen(sets, batch, losses.tolist(), rank=part // per_rank)
-        ]
-        mean = sum(seen.loss for seen in samples) / len(samples)
-        return Replayed(str(start or "the initial weights"), samples, mean, gradients)
-    finally:
-        runtime.stop()
+    processes = int(read_status(run).get("processes", 1))
+    config = to_mapping(load([run / "config.yaml"]))
+    # Runs of older versions recorded the last attempt alone.
+    return read_attempts(run) or [{"step": 0, "processes": processes, "config": config}]
 
 
-def _on_one_cpu(config: Config, run: Path, world_size: int) -> Config:
-    """`config` for one process that cuts the global batch as `world_size` of them did."""
+def _steps(
+    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int
+) -> tuple[Replayed, dict[str, Any]]:
+    """Goes on from `saved`, or else from the seed, to step `stop`; what that step did, and the new state."""
+    sets = data.build(config)
+    total = sets.total_steps(config)
+    if not 1 <= stop <= total:
+        raise UserError(f"{config.run_dir}: there is no step {stop:,}; the run has steps 1 to {total:,}.")
+    state, task = states.build(config, ranks, sets), tasks.build(config)
+    states.spread(config, state, ranks)
+    if saved:
+        states.fill(config, saved, state, ranks, str(config.run_dir))
+    schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
+    read: deque[data.Batch] = deque(maxlen=config.train.accumulate)  # of the step taken last
+    batches = _remembered(iter(sets.train_loader(config, ranks, state.step, stop)), read)
+    clock = Clock(config.train.batch_size, dict.fromkeys(SECONDS, 0.0))
+    taken = steps(config, ranks, state, task, schedule, batches, stop, clock)
+    while state.step < stop - 1:
+        next(taken)
+    gradients = _watch_gradients(state.model)
+    done = next(taken)
+    per_rank = config.train.accumulate // world_size
+    samples = [
+        seen
+        for part, (batch, (losses, _)) in enumerate(zip(read, done.losses, strict=True))
+        for seen in _seen(sets, batch, losses.tolist(), rank=part // per_rank)
+    ]
+    mean = sum(seen.loss for seen in samples) / len(samples)
+    return Replayed("", samples, mean, gradients), states.to_dict(config, state, sets, ranks)
+
+
+def _on_one_cpu(attempt: dict[str, Any], run: Path) -> Config:
+    """The configuration of `attempt` for one process that cuts the global batch as its processes did."""
+    config = from_mapping(attempt["config"])
     half = "bf16" if config.precision == "bf16" else "fp32"
     return replace(
         config,
@@ -99,7 +132,7 @@ def _on_one_cpu(config: Config, run: Path, world_size: int) -> Config:
         device="cpu",
         precision=half,
         compile=False,
-        train=replace(config.train, accumulate=config.train.accumulate * world_size),
+        train=replace(config.train, accumulate=config.train.accumulate * attempt["processes"]),
     )
 
 

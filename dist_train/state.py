@@ -131,19 +131,7 @@ def restore(
             f"{config.run_dir}: the run was started with another configuration ({'; '.join(harmful)});"
             " choose another run.name, put the values back, or allow it by --allow-changes."
         )
-    try:
-        state.model.load_state_dict(saved["model"])
-        if state.average:
-            state.average.load_state_dict(saved["average"] or saved["model"])
-        _restore_optimizer(config, state.optimizer, saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit the model of this configuration: {reason}") from None
-    if (scaler := ranks.accelerator.scaler) and saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    state.step, state.best = saved["step"], saved["best"]
-    state.metrics, state.losses = saved["metrics"], saved["losses"]
-    state.skipped = saved.get("skipped", 0)
+    fill(config, saved, state, ranks, str(path))
     noted = [change for change in differences if not change.startswith("run.")]
     notes = [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
     if own and saved.get("world_size", ranks.world_size) != ranks.world_size:
@@ -152,6 +140,23 @@ def restore(
             f" {config.train.batch_size}"
         )
     return notes
+
+
+def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, where: str) -> None:
+    """Fills `state` from what `to_dict` made. Raises UserError, naming `where`, if it does not fit."""
+    try:
+        state.model.load_state_dict(saved["model"])
+        if state.average:
+            state.average.load_state_dict(saved["average"] or saved["model"])
+        _restore_optimizer(config, state.optimizer, saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: does not fit the model of this configuration: {reason}") from None
+    if (scaler := ranks.accelerator.scaler) and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    state.step, state.best = saved["step"], saved["best"]
+    state.metrics, state.losses = saved["metrics"], saved["losses"]
+    state.skipped = saved.get("skipped", 0)
 
 
 def _restore_optimizer(config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

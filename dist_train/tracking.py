@@ -1,8 +1,9 @@
 """The record of a run: metrics.jsonl and status.json, written by rank 0, and their mirror in W&B.
 
-metrics.jsonl is the truth: one JSON object a line, flushed at once, each attempt's rows after those of the
-one before; `read_metrics` takes the last attempt's row of a step. Nothing waits for W&B: rows go to it
-through a queue, from a thread, and a server that can't be reached costs one warning.
+attempts.jsonl tells how each attempt began. metrics.jsonl is the truth: one JSON object a line, flushed at
+once, each attempt's rows after those of the one before; `read_metrics` takes the last attempt's row of a
+step. Nothing waits for W&B: rows go to it through a queue, from a thread, and a server that can't be
+reached costs one warning.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class Tracker:
         self._log = Lines(self.folder / "log.txt")
         self._bad = Lines(self.folder / "bad_samples.jsonl")
         self._known_bad = {line["sample"] for line in read_lines(self._bad.path)}
+        attempts = Lines(self.folder / "attempts.jsonl")
+        told = {"attempt": self.attempt, "step": resumed, "processes": processes}
+        attempts.add(json.dumps(told | {"config": to_mapping(config)}))
+        attempts.close()
         self._mirror = Mirror(config, self.say) if config.wandb.mode != "disabled" else None
         self._status_at = -math.inf
         self.status("running", resumed)
@@ -264,6 +269,11 @@ def read_status(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "status.json").read_text())
     except (OSError, ValueError):
         return {}
+
+
+def read_attempts(folder: Path) -> list[dict[str, Any]]:
+    """The attempts of a run: of each its number, the `step` it began after, `processes` and `config`."""
+    return list(read_lines(folder / "attempts.jsonl"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

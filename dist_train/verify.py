@@ -150,17 +150,30 @@ def _batches(run: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
 
 
 def _unequal(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Names of the tensors of the model and the optimizer that are not the same bits."""
-    pairs = [(f"model.{name}", value, other["model"][name]) for name, value in one["model"].items()]
-    moments = other["optimizer"]["state"]
-    for number, values in one["optimizer"]["state"].items():
-        for name, value in values.items():
-            pairs.append((f"optimizer.{number}.{name}", value, moments[number][name]))
-    return [
-        name
-        for name, value, twin in pairs
-        if not (torch.equal(value, twin) if isinstance(value, torch.Tensor) else value == twin)
-    ]
+    """Names of the values of model, moving average, optimizer and loss scale that are not the same bits."""
+    names = []
+    for part in ("model", "average", "optimizer", "scaler", "metrics"):
+        values, twins = dict(_flat(one[part], part)), dict(_flat(other[part], part))
+        names += [name for name in values if not _same(values[name], twins.get(name))]
+        names += [name for name in twins if name not in values]
+    return names
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(full name, value) of each value in nested dicts and lists."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _flat(item, f"{name}.{key}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    return bool(one == other)
 
 
 def _culprit(config: Config) -> str:

@@ -49,6 +49,41 @@ def test_steps_of_two_ranks_are_rebuilt_by_one_process(
         assert image.width > 300
 
 
+def test_steps_are_rebuilt_as_the_attempt_did_them_that_came_to_them_last(
+    ranks: Callable[..., list[Finished]],
+    here: Callable[..., object],
+    image_folder: Path,
+    tmp_path: Path,
+) -> None:
+    shorter = [*WORDS, "schedule.name=cosine", "train.accumulate=1", "train.steps=6"]
+    assert [result.rc for result in ranks(2, "train", *shorter)] == [0, 0]
+    here(*shorter, "train.steps=12")
+    run = tmp_path / "runs" / "run"
+    losses = {row["step"]: row["train/loss"] for row in read_metrics(run) if "train/loss" in row}
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()  # so that a late step is rebuilt through both attempts
+    for step, count in ((3, 2), (6, 2), (7, 1), (11, 1)):
+        replayed = replay(run, step)
+        assert replayed.start == "the initial weights"
+        assert replayed.loss == pytest.approx(losses[step], rel=1e-6), step
+        assert len({seen.rank for seen in replayed.samples}) == count
+
+
+def test_a_run_that_began_as_another_ones_state_is_rebuilt_from_there(
+    here: Callable[..., object], small: list[str], tmp_path: Path
+) -> None:
+    here(*small, "train.steps=4", "run.name=first")
+    file = tmp_path / "runs/first/checkpoints/last.pt"
+    here(*small, f"resume={file}", "optim.lr=0.02", "log.every=1")
+    run = tmp_path / "runs" / "run"
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    losses = {row["step"]: row["train/loss"] for row in read_metrics(run) if "train/loss" in row}
+    assert replay(run, 8).loss == pytest.approx(losses[8], rel=1e-6)
+    with pytest.raises(UserError, match="the run begins with step 5"):
+        replay(run, 3)
+
+
 @pytest.mark.parametrize(
     ("run", "step", "told"), [("nowhere", 1, "there is no run"), ("run", 13, "steps 1 to 12")]
 )

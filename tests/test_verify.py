@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+
+from dist_train.verify import _flat, _unequal
 from tests.conftest import SMALL, Finished
 
 OWN = """
@@ -22,11 +28,13 @@ def keyed(image):
 WORDS = [*SMALL, "model.args.dropout=0.3", "--steps=12", "--kills=2"]
 
 
-def test_a_job_whose_random_numbers_are_keyed_passes_on_two_processes(
-    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_job_whose_random_numbers_are_keyed_passes_on_several_processes(
+    processes: int, cli: Callable[..., Finished], npz: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(OWN)
-    result = cli("verify", *WORDS, "data.train_transform=[mine:keyed]", "--processes=2", timeout=240)
+    words = [*WORDS, "data.train_transform=[mine:keyed]", "train.batch_size=18", "train.ema=0.9"]
+    result = cli("verify", *words, f"--processes={processes}", timeout=240)
     assert result.rc == 0, result
     assert result.out.count("killed after step") == 2
     assert "identical bit for bit" in result.out
@@ -43,6 +51,17 @@ def test_a_transform_with_random_numbers_of_its_own_is_named(
     assert "inputs: differ from step 1 on: data.train_transform[1], 'mine:shift', draws random" in result.err
     assert "weights: differ from step 1 on" in result.err
     assert "the order of samples" not in result.err
+
+
+@pytest.mark.parametrize("part", ["model", "average", "optimizer"])
+def test_one_bit_that_differs_is_named(part: str) -> None:
+    parts: dict[str, Any] = {name: {"weight": torch.zeros(2)} for name in ("model", "average")}
+    parts |= {"optimizer": {"state": {0: {"step": torch.zeros(2)}}}, "scaler": None, "metrics": {}}
+    other = copy.deepcopy(parts)
+    assert not _unequal(parts, other)
+    name, tensor = next(_flat(other[part], part))
+    tensor[1] = 1e-45
+    assert _unequal(parts, other) == [name]
 
 
 def test_a_job_that_fails_by_itself_is_told_as_such(cli: Callable[..., Finished], tmp_path: Path) -> None:
