@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime
 from dist_train import task as tasks
-from dist_train.config import UserError, from_mapping, nearest
+from dist_train.config import GIVEN, UserError, from_mapping, nearest
 from dist_train.data.images import read_image
 from dist_train.evaluate import evaluate
 
@@ -29,40 +29,52 @@ FORMATS = ("table", "csv", "json")
 BATCH = 64  # images predicted at once
 
 
-def load_model(place: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(place: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The trained model in evaluation mode, on the CPU, and the checkpoint's other contents.
 
     Args:
         place: a run's folder (its best checkpoint, else its newest) or a checkpoint file.
+        model: gets the weights, instead of a model that is made by its name; one that a program gave to
+            `fit` has none.
 
     Raises UserError if there is none, or none that can be trusted.
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path)
     settings = saved["config"]["model"]
-    shape, classes = saved["sample_shape"], saved["classes"]
-    args = {name: value for name, value in settings["args"].items() if name != "weights"}
-    model = models.build(settings["name"], args, shape, max(1, len(classes)))
+    what = f"model '{settings['name']}'"
+    if model is not None:
+        what = f"the {type(model).__name__} that is given"
+    else:
+        args = {name: value for name, value in settings["args"].items() if name != "weights"}
+        model = models.build(settings["name"], args, saved["sample_shape"], max(1, len(saved["classes"])))
     try:
         model.load_state_dict(saved["average"] or saved["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit model '{settings['name']}': {reason}") from None
+        raise UserError(f"{path}: does not fit {what}: {reason}") from None
     return model.eval(), saved
 
 
 @torch.inference_mode()
 def predict(
-    place: str | Path, images: Iterable[Path], top: int = 3
+    place: str | Path, images: Iterable[Path], top: int = 3, *, model: nn.Module | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The `top` most probable classes of each image, and a sentence for each that can't be read.
 
-    A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`.
+    A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`. `model` is as
+    for `load_model`.
     """
-    model, saved = load_model(place)
+    model, saved = load_model(place, model=model)
     config, shape = from_mapping(saved["config"]), saved["sample_shape"]
     if config.task.name != "classification" and not saved["classes"]:
         raise UserError(f"{place}: predicts no classes: its task is '{config.task.name}'.")
+    if config.data.name.startswith(GIVEN):
+        print(
+            f"note: the run's images came from a '{config.data.name.removeprefix(GIVEN)}'; what it did to"
+            " them itself is not done here, only data.eval_transform.",
+            file=sys.stderr,
+        )
     transform = data.eval_transform(config)
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
@@ -115,22 +127,39 @@ def write(rows: Sequence[dict[str, Any]], format: str, output: Path | None) -> N
         raise UserError(f"--output: {output} can't be written: {error.strerror}.") from None
 
 
-def evaluate_run(place: str | Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate_run(
+    place: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: nn.Module | None = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    task: tasks.Task | None = None,
+) -> dict[str, float]:
     """The metrics of a run's best checkpoint on its whole eval set, on all the processes there are.
 
     Args:
         overrides: `key=value` changes, such as data.root or device; the model stays as it is.
+        model, train_data, eval_data, task: used instead of what the configuration names, as in `fit`;
+            the training set only where data.eval_fraction holds out a part of it.
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path)
-    config = from_mapping(saved["config"], overrides)
+    # These are of no meaning here, and may not suit the eval set.
+    unused = ["data.drop_last=false", "data.train_transform=null"]
+    config = from_mapping(saved["config"], [*overrides, *unused])
     ranks = runtime.start(config)
     try:
         with ranks.together():
-            model, _ = load_model(path)
+            model, _ = load_model(path, model=model)
             with ranks.main_of_node_first():
-                sets = data.build(config)
-            task = tasks.build(config)
+                sets = data.build(config, train_data if eval_data is None else eval_data, eval_data)
+            if sets.classes != saved["classes"][: len(sets.classes)]:  # fewer may be missing at the end
+                raise UserError(
+                    f"data: its classes ({', '.join(sets.classes)}) are not those of the run"
+                    f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
+                )
+            task = task or tasks.build(config)
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
         metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
         for _, reason in unread if ranks.is_main else ():

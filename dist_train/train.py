@@ -17,7 +17,7 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, RunError, UserError, from_mapping, load, to_yaml
+from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
 from dist_train.loop import loop
@@ -65,7 +65,7 @@ def fit(
         config = from_mapping(config)
     elif not isinstance(config, Config):
         config = load([config])
-    config = _with_names(config, model=model, data=train_data, task=task)
+    config = _with_given(config, model=model, data=train_data, task=task)
     with Interrupt() as interrupt:
         ranks = runtime.start(config)
         lock = Lock(config.run_dir) if ranks.is_main else None
@@ -79,12 +79,11 @@ def fit(
             runtime.stop()
 
 
-def _with_names(config: Config, **given: Any) -> Config:
-    """`config` that names the classes of what `fit` was given, instead of what is then not used."""
+def _with_given(config: Config, **given: Any) -> Config:
+    """`config` that says which objects `fit` was given, instead of naming what is then not used."""
     for section, item in given.items():
         if item is not None:
-            name = f"{type(item).__module__}:{type(item).__qualname__}"
-            config = replace(config, **{section: replace(getattr(config, section), name=name)})
+            config = replace(config, **{section: replace(getattr(config, section), name=given_name(item))})
     return config
 
 
@@ -107,6 +106,9 @@ def _fit(
         task = task or tasks.build(config)
         with ranks.main_of_node_first():
             sets = data.build(config, train_data, eval_data)
+        if eval_data is not None and train_data is None:
+            both = f"{config.data.name} and {given_name(eval_data)}"
+            config = replace(config, data=replace(config.data, name=both))
         state = states.build(config, ranks, sets, model)
         total = sets.total_steps(config)
         schedule = optim.schedule(config, total, sets.steps_per_epoch(config))

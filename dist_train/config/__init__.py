@@ -5,10 +5,11 @@ Imports nothing else of ours, and not torch: a typo is reported before anything 
 
 from dist_train.config.errors import RunError, UserError, nearest
 from dist_train.config.load import from_mapping, load, load_words, to_mapping, to_yaml
-from dist_train.config.objects import construct, import_object
+from dist_train.config.objects import GIVEN, construct, given_name, import_object
 from dist_train.config.schema import Config, Every, get, parse_seconds
 
 __all__ = [
+    "GIVEN",
     "Config",
     "Every",
     "RunError",
@@ -16,6 +17,7 @@ __all__ = [
     "construct",
     "from_mapping",
     "get",
+    "given_name",
     "import_object",
     "load",
     "load_words",

@@ -11,9 +11,24 @@ from typing import Any
 
 from dist_train.config.errors import UserError, nearest
 
+GIVEN = "object:"  # begins the name that stands for an object which a program gave to `fit`
+
+
+def given_name(item: object) -> str:
+    """What a configuration calls an object that no file holds: `import_object` refuses it."""
+    return f"{GIVEN}{type(item).__module__}.{type(item).__qualname__}"
+
 
 def import_object(name: str, key: str) -> Any:
     """The object that `package.module:object` names; the current folder is searched too."""
+    if GIVEN in name:
+        argument = {"model.name": "model=...", "task.name": "task=..."}.get(
+            key, "train_data=... or eval_data=..."
+        )
+        raise UserError(
+            f"{key}: it was a '{name.partition(GIVEN)[2]}' that a program gave to `fit`, and no file holds"
+            f" it: give it again, from Python, as {argument} of fit, load_model, predict or evaluate_run."
+        )
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
