@@ -69,7 +69,7 @@ def steps(
         average = optim.average_updater(state.average, state.model, config.train.ema)
 
     for step in range(state.step, stop):
-        optim.set_lr(optimizer, lr := schedule(step))
+        optim.scale_lr(optimizer, share := schedule(step))
         before = [buffer.clone() for buffer in buffers]
         detached: list[tuple[torch.Tensor, float]] = []
         bad: list[tuple[str, str]] = []
@@ -108,7 +108,7 @@ def steps(
             average(step)
         state.step, state.metrics = step + 1, {}
         clock.steps += 1
-        yield Step(lr, detached, bad, skipped)
+        yield Step(config.optim.lr * share, detached, bad, skipped)
 
 
 def loop(

@@ -17,7 +17,8 @@ from dist_train.config import Config, Every, UserError, construct, import_object
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the configuration names, over all trainable weights of `model`.
 
-    Raises UserError for an unknown name, wrong arguments, or a model with nothing to train.
+    Each of its groups of weights keeps its own rate, which the schedule scales, as `initial_lr`. Raises
+    UserError for an unknown name, wrong arguments, or a model with nothing to train.
     """
     name = config.optim.name
     if ":" in name:
@@ -47,9 +48,13 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         # One kernel for all weights. Not with fp16, whose scaler must see every step.
         fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
         args |= {"fused": True} if fits and weights[0].device.type in ("cpu", "cuda") else {}
-    optimizer: torch.optim.Optimizer = construct(
-        partial_named(cls, weights), args, "optim.args", lr=config.optim.lr
-    )
+    optimizer = construct(partial_named(cls, weights), args, "optim.args", lr=config.optim.lr)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optim.name: '{name}' made a {type(optimizer).__name__}, no optimizer of torch.")
+    for group in optimizer.param_groups:
+        group["initial_lr"] = rate = float(group.get("lr", config.optim.lr))
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UserError(f"optim.name: '{name}': the rate of a group of weights is {rate}.")
     return optimizer
 
 
@@ -105,7 +110,10 @@ SCHEDULES = {f.__name__: f for f in (constant, linear, cosine, one_cycle, step)}
 
 
 def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate of optimizer step k, k from 0 to total - 1, the same for any world size."""
+    """The share of its learning rate that a weight gets at optimizer step k, k from 0 to total - 1.
+
+    The same for any world size. Raises UserError for what would be no share at some step.
+    """
     function, args = SCHEDULES[config.schedule.name], config.schedule.args
     if "t" in args:
         raise UserError("schedule.args.t: the moment is not yours to set.")
@@ -114,23 +122,20 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
         raise UserError(
             f"schedule.warmup: {warmup} steps of warm-up in a training of {total} steps; shorten it."
         )
-    peak = config.optim.lr
     for t in _corners(args):  # what is wrong at any step, before the first one
-        rate = peak * construct(
-            function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t
-        )
-        if not (math.isfinite(rate) and rate >= 0):
+        value = construct(function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t)
+        if not (math.isfinite(value) and value >= 0):
             raise UserError(
-                f"schedule.args: with {args} the learning rate of {config.schedule.name} is {rate:g}"
-                f" at the moment {t:g} (from 0 to 1); it must be a number from 0 on."
+                f"schedule.args: with {args} the share of the learning rate by {config.schedule.name} is"
+                f" {value:g} at the moment {t:g} (from 0 to 1); it must be a number from 0 on."
             )
 
-    def lr(step: int) -> float:
+    def share(step: int) -> float:
         if step < warmup:
-            return peak * (step + 1) / warmup
-        return peak * function((step - warmup) / max(1, total - 1 - warmup), **args)
+            return (step + 1) / warmup
+        return function((step - warmup) / max(1, total - 1 - warmup), **args)
 
-    return lr
+    return share
 
 
 def _corners(args: dict[str, Any]) -> list[float]:
@@ -143,10 +148,10 @@ def _corners(args: dict[str, Any]) -> list[float]:
     return [*(k / 20 for k in range(21)), *about]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives all weights the learning rate `lr`."""
+def scale_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Gives each group of weights this share of its own learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["initial_lr"] * share
 
 
 def average_updater(average: nn.Module, model: nn.Module, decay: float) -> Callable[[int], None]:

@@ -148,7 +148,8 @@ def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, wh
         state.model.load_state_dict(saved["model"])
         if state.average:
             state.average.load_state_dict(saved["average"] or saved["model"])
-        _restore_optimizer(config, state.optimizer, saved["optimizer"])
+        changed = saved["config"]["optim"]["args"] != config.optim.args
+        _restore_optimizer(state.optimizer, saved["optimizer"], changed)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: does not fit the model of this configuration: {reason}") from None
@@ -159,13 +160,23 @@ def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, wh
     state.skipped = saved.get("skipped", 0)
 
 
-def _restore_optimizer(config: Config, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Restores the optimizer's tensors; what the configuration sets stays as the configuration says."""
-    ours = {"fused", "foreach", *config.optim.args}
-    groups = [
-        old | {name: value for name, value in new.items() if name in ours}
-        for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True)
-    ]
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], changed_args: bool = False
+) -> None:
+    """Restores the optimizer's tensors, and the options of its groups of weights.
+
+    Options that may lie in a group as state stay as they were saved, unless the configuration's arguments
+    are others now. The rate that the schedule scales, and how steps are computed, are the configuration's.
+    """
+    there, before = len(optimizer.param_groups), len(saved["param_groups"])
+    if there != before:
+        plural = "s" if there > 1 else ""
+        raise ValueError(f"the optimizer has {there} group{plural} of weights, the saved one {before}")
+    ours = {"initial_lr", "fused", "foreach"}
+    groups = []
+    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        kept = {"params"} if changed_args else old.keys() - ours
+        groups.append(new | {name: old[name] for name in kept})
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 

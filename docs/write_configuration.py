@@ -60,7 +60,8 @@ arguments of `args`, and with those of the following that its signature takes.
 - `model.name`: `input_shape`, `in_channels`, `num_classes`. It returns a module.
 - `task.name`: it returns an object with `best`, `loss` and `metrics`, as in
   [examples/regression.py](../examples/regression.py).
-- `optim.name`: the weights, `lr`. It returns an optimizer.
+- `optim.name`: the weights, `lr`. It returns an optimizer. The schedule scales the rate of each group of
+  weights; the `lr` of metrics.jsonl is that of `optim.lr`.
 - `data.train_transform`, `data.eval_transform`: a class is made with the arguments written beside its name;
   a function is the transform itself.
 - `data.target_transform`: a function of the label.

@@ -18,12 +18,13 @@ from dist_train.config import UserError, from_mapping
 from dist_train.predict import evaluate_run
 from dist_train.tracking import read_metrics
 from tests.conftest import SMALL
+from tests.distributed.ranks import same_bits
 
 
 def rates(total: int, per_epoch: int = 10, lr: float = 1.0, **schedule: Any) -> list[float]:
     config = from_mapping({"optim": {"lr": lr}, "schedule": schedule, "train": {"steps": total}})
     function = optim.schedule(config, total, per_epoch)
-    return [function(step) for step in range(total)]
+    return [lr * function(step) for step in range(total)]
 
 
 def optimizers() -> list[str]:
@@ -95,11 +96,15 @@ def test_one_cycle_may_only_rise_or_only_fall() -> None:
         ("one_cycle", {"rise": 1.5}, "rise is a share of the time, from 0 to 1, not 1.5"),
         ("one_cycle", {"rise": math.nan}, "rise is a share of the time"),
         ("one_cycle", {"rise": "0.3"}, "one_cycle refused"),
-        ("one_cycle", {"start": -0.1}, "the learning rate of one_cycle is -0.1 at the moment 0 "),
-        ("cosine", {"final": math.nan}, "the learning rate of cosine is nan"),
+        (
+            "one_cycle",
+            {"start": -0.1},
+            "the share of the learning rate by one_cycle is -0.1 at the moment 0 ",
+        ),
+        ("cosine", {"final": math.nan}, "the share of the learning rate by cosine is nan"),
         ("cosine", {"final": "0.1"}, "cosine refused"),
         ("linear", {"final": -1}, "is -0.1 at the moment 0.55"),
-        ("linear", {"final": math.inf}, "the learning rate of linear is"),
+        ("linear", {"final": math.inf}, "the share of the learning rate by linear is"),
         ("step", {"milestones": [0.5, "0.75"]}, "step refused"),
         ("step", {"milestones": "0.5"}, "milestones is a list of moments from 0 to 1, not '0.5'"),
         ("step", {"milestones": [30, 60]}, r"milestones is a list of moments from 0 to 1, not \[30, 60\]"),
@@ -141,7 +146,7 @@ def test_every_optimizer_of_torch_takes_a_step_or_is_refused(name: str) -> None:
             optim.build(config, model)
         return
     optimizer = optim.build(config, model)
-    optim.set_lr(optimizer, 0.02)
+    optim.scale_lr(optimizer, 2)
     inputs, targets = torch.randn(16, 6), torch.randint(0, 3, (16,))
     before = [weight.detach().clone() for weight in model.parameters()]
     losses = []
@@ -186,6 +191,108 @@ def test_an_optimizer_of_ones_own_goes_by_module_and_object(
     )
     result = here(*SMALL, "optim.name=my_optimizer:Sign", "optim.lr=0.001", "train.steps=30")
     assert result.metrics["eval/accuracy"] > 0.9
+
+
+GROUPS = """
+import torch
+
+def groups(weights, lr, decay=0.01, slow=0.1):
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    others = [weight for weight in weights if weight.ndim <= 1]
+    slowly = {"params": others, "lr": slow * lr, "weight_decay": 0.0}
+    return torch.optim.AdamW([slowly, {"params": matrices}], lr=lr, weight_decay=decay)
+
+def one_group(weights, lr):
+    return torch.optim.AdamW(weights, lr=lr)
+
+def nothing(weights, lr):
+    return None
+
+def negative(weights, lr):
+    return torch.optim.SGD([{"params": weights, "lr": torch.tensor(float("nan"))}])
+"""
+
+
+def test_a_schedule_scales_the_rate_of_each_group_of_weights(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_groups.py").write_text(GROUPS)
+    words = [
+        *small,
+        "optim.name=my_groups:groups",
+        "schedule.name=cosine",
+        "schedule.warmup=3",
+        "log.every=1",
+    ]
+    here(*words, "train.steps=12", "checkpoint.every=1", "checkpoint.keep=20")
+    expected = rates(12, lr=0.1, name="cosine", warmup=3)
+    logged = [row["lr"] for row in read_metrics(tmp_path / "runs/run") if "lr" in row]
+    assert logged == pytest.approx(expected)
+    for step, rate in enumerate(expected, 1):
+        path = tmp_path / f"runs/run/checkpoints/step-{step:08}.pt"
+        slow, fast = torch.load(path, weights_only=True)["optimizer"]["param_groups"]
+        assert [slow["lr"], fast["lr"]] == pytest.approx([0.1 * rate, rate])
+        assert [slow["weight_decay"], fast["weight_decay"]] == [0.0, 0.01]
+
+
+@pytest.mark.parametrize("steps", [2, 7])  # in the warm-up and after it
+def test_a_run_with_groups_of_weights_goes_on_exactly(
+    steps: int, here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_groups.py").write_text(GROUPS)
+    words = [*small, "optim.name=my_groups:groups", "optim.args.decay=0.2", "schedule.name=cosine",
+             "schedule.warmup=3", f"checkpoint.every={steps}"]  # fmt: skip
+    here(*words, "run.name=straight")
+    name = f"checkpoints/step-{steps:08}.pt"
+    here(*words, "run.name=other", "checkpoint.keep=20")
+    (tmp_path / "runs/run/checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "runs/other" / name, tmp_path / "runs/run" / name)
+    again = here(*words)
+    assert (again.state, again.step) == ("completed", 12)
+    log = (tmp_path / "runs/run/log.txt").read_text()
+    assert f"(step {steps})" in log
+    first, second = (
+        torch.load(tmp_path / f"runs/{run}/checkpoints/last.pt", weights_only=True)
+        for run in ("straight", "run")
+    )
+    assert same_bits(first, second)
+
+
+def test_what_the_configuration_changes_of_a_group_holds_when_a_run_goes_on(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_groups.py").write_text(GROUPS)
+    words = [*small, "optim.name=my_groups:groups"]
+    here(*words)
+    more = [*words, "train.steps=14", "optim.args.decay=0.3", "optim.args.slow=0.5", "optim.lr=0.02"]
+    here(*more, allow_changes=True)
+    saved = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)["optimizer"]
+    slow, fast = saved["param_groups"]
+    assert [slow["lr"], fast["lr"]] == pytest.approx([0.01, 0.02])
+    assert [slow["weight_decay"], fast["weight_decay"]] == [0.0, 0.3]
+
+
+def test_a_saved_optimizer_of_other_groups_is_told(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_groups.py").write_text(GROUPS)
+    here(*small, "run.name=first", "optim.name=my_groups:groups")
+    with pytest.raises(UserError, match="the optimizer has 1 group of weights, the saved one 2"):
+        here(*small, "resume=runs/first", "optim.name=my_groups:one_group")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nothing", "made a NoneType, no optimizer"), ("negative", "the rate of a group of weights is nan")],
+)
+def test_what_is_no_optimizer_is_told(
+    name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_mistakes.py").write_text(GROUPS)
+    monkeypatch.chdir(tmp_path)
+    config = from_mapping({"optim": {"name": f"my_mistakes:{name}"}, "train": {"steps": 1}})
+    with pytest.raises(UserError, match=f"optim.name: .*{told}"):
+        optim.build(config, nn.Linear(2, 2))
 
 
 # --- clipping, the moving average, precision ---------------------------------------------------------
