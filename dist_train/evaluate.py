@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from dist_train.config import UserError
 from dist_train.data import Batch
 from dist_train.runtime import Runtime
-from dist_train.task import Task
+from dist_train.task import Task, measure
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def evaluate(
     that could not be read and count nowhere, with the reason.
 
     Sums and counts are added up in float64; nothing is padded and nothing trimmed. If `stop` turns true
-    on any rank there are no means.
+    on any rank there are no means. Raises UserError for a task that doesn't give one number for each
+    sample, or not always the same ones.
 
     Args:
         model: the bare model, not its DDP wrapper; left in the mode that it was in.
@@ -46,9 +48,7 @@ def evaluate(
         bad += unreadable
         if not len(targets):  # all of them
             continue
-        outputs = model(inputs)
-        measured = {"loss": task.loss(outputs, targets), **task.metrics(outputs, targets)}
-        for name, value in measured.items():
+        for name, value in measure(task, model(inputs), targets).items():
             values.setdefault(name, []).append(value)
     model.train(training)
     # One value per sample stays on the device until here, so no batch waits for a result.
@@ -58,9 +58,14 @@ def evaluate(
     unread = [item for _, _, items in ranks for item in items]
     if any(stopped for _, stopped, _ in ranks):
         return {}, unread
-    names = next((list(sums) for sums, _, _ in ranks if sums), [])
+    some = [sums for sums, _, _ in ranks if sums]  # a rank without samples has none
+    if any(sums.keys() != some[0].keys() or len({n for _, n in sums.values()}) > 1 for sums in some):
+        raise UserError(
+            f"task: '{type(task).__name__}' gives some metrics for a part of the batches only; it must give"
+            " the same ones each time."
+        )
     means = {}
-    for name in names:
-        parts = [sums[name] for sums, _, _ in ranks if sums]  # a rank without samples has none
+    for name in some[0] if some else ():
+        parts = [sums[name] for sums in some]
         means[f"eval/{name}"] = math.fsum(p[0] for p in parts) / sum(p[1] for p in parts)
     return means, unread

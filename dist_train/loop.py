@@ -18,6 +18,7 @@ import torch
 
 from dist_train import checkpoint, data, optim
 from dist_train import state as states
+from dist_train import task as tasks
 from dist_train.config import Config, Every, RunError
 from dist_train.evaluate import evaluate
 from dist_train.interrupt import Interrupt
@@ -84,7 +85,7 @@ def steps(
             # the same units as 1 process x 2 parts.
             seed_device(device, key(config.seed, "noise", step, ranks.rank * accumulate + micro))
             with nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model):
-                losses = task.loss(model(batch.inputs), batch.targets)
+                losses = tasks.losses(task, model(batch.inputs), batch.targets)
                 # The mean over the global batch, however it was cut; DDP divides by the world size.
                 weight = ranks.world_size / batch.part.total if batch.part.size else 0.0
                 weights = torch.full_like(losses, weight)

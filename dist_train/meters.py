@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -117,20 +117,24 @@ class Best:
 
     @classmethod
     def parse(cls, text: str) -> Best:
-        """From `max eval/accuracy`, `min eval/loss` or `none`."""
+        """From `max eval/accuracy`, `min eval/loss` or `none`. Raises UserError for anything else."""
         direction, _, metric = text.partition(" ")
-        return cls(metric, {"max": 1, "min": -1}.get(direction, 0))
+        sign = {"max": 1, "min": -1, "none": 0}.get(direction)
+        if sign is None or bool(sign) != metric.startswith("eval/"):
+            raise UserError(f"task: its `best` is written as 'max eval/accuracy' or 'none', not {text!r}.")
+        return cls(metric, sign)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises UserError if the metric is not among what an evaluation gives."""
+        there = [f"eval/{name}" for name in names]
+        if self.sign and self.metric not in there:
+            raise UserError(
+                f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(there)}."
+            )
 
     def improves(self, metrics: dict[str, float], best: float | None) -> bool:
-        """Whether `metrics` holds a better value than `best`.
-
-        Raises UserError if an evaluation has no such metric.
-        """
+        """Whether `metrics`, of an evaluation or of none, holds a better value than `best`."""
         if not metrics or not self.sign:
             return False
-        if self.metric not in metrics:
-            raise UserError(
-                f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(metrics)}."
-            )
         value = metrics[self.metric]
         return not math.isnan(value) and (best is None or self.sign * value > self.sign * best)

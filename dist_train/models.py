@@ -102,13 +102,13 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
     return _torchvision(name, args, sample_shape, num_classes)
 
 
-def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> tuple[int, ...]:
-    """The shape `[K]` of the output for one sample; raises UserError where they don't fit together."""
+def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Tensor:
+    """The outputs `[2, ...]` for two black images; raises UserError where model and images don't fit."""
     training = model.training
-    model.eval()  # BatchNorm can't normalize one sample
+    model.eval()  # leaves BatchNorm's averages alone
     try:
         with torch.no_grad():
-            output = model(torch.zeros(1, *sample_shape))
+            output = model(torch.zeros(2, *sample_shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
@@ -117,7 +117,13 @@ def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> tuple[int
         ) from None
     finally:
         model.train(training)
-    return tuple(output.shape[1:])
+    if not isinstance(output, torch.Tensor) or output.shape[:1] != (2,):
+        tensor = isinstance(output, torch.Tensor)
+        told = f"outputs of shape {list(output.shape)}" if tensor else f"a {type(output).__name__}"
+        raise UserError(
+            f"model.name: '{name}' gives {told} for 2 images; it must give one tensor [B, ...] for B images."
+        )
+    return output
 
 
 def _torchvision(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int) -> nn.Module:

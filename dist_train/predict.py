@@ -160,6 +160,8 @@ def evaluate_run(
                     f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
                 )
             task = task or tasks.build(config)
+            outputs = models.probe(model, sets.sample_shape, config.model.name).to(ranks.device)
+            tasks.check(task, outputs, data.first_targets(sets.eval).to(ranks.device), len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
         metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
         for _, reason in unread if ranks.is_main else ():

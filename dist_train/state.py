@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint, models, optim
+from dist_train import task as tasks
 from dist_train.config import Config, UserError, from_mapping, to_mapping
-from dist_train.data import Data
+from dist_train.data import Data, first_targets
 from dist_train.keys import key
+from dist_train.meters import Best
 from dist_train.runtime import Runtime
+from dist_train.task import Task
 
 
 @dataclass
@@ -40,10 +43,13 @@ class State:
         return self.average or self.model
 
 
-def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None = None) -> State:
+def build(
+    config: Config, runtime: Runtime, data: Data, model: nn.Module | None = None, task: Task | None = None
+) -> State:
     """The state at step 0, on the device. The initial weights are a function of the seed.
 
-    Raises UserError for a model or optimizer that can't be built, or that the images don't fit.
+    Raises UserError for a model or optimizer that can't be built, or that the images don't fit; and for a
+    `task` that doesn't fit to the model's outputs and the targets, or lacks the metric of the best.
     """
     number = key(config.seed, "weights")
     random.seed(number)
@@ -55,8 +61,15 @@ def build(config: Config, runtime: Runtime, data: Data, model: nn.Module | None 
         model = models.build(
             config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
         )
-    for shape in {data.sample_shape, data.train_shape}:
-        models.probe(model, shape, config.model.name)
+    outputs = {
+        shape: models.probe(model, shape, config.model.name).to(runtime.device)
+        for shape in {data.sample_shape, data.train_shape}
+    }
+    if task:
+        for samples, shape in ((data.train, data.train_shape), (data.eval, data.sample_shape)):
+            targets = first_targets(samples).to(runtime.device)
+            names = tasks.check(task, outputs[shape], targets, len(data.classes))
+        Best.parse(config.checkpoint.best or task.best).check(names)
     model.to(runtime.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

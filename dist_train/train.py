@@ -109,7 +109,7 @@ def _fit(
         if eval_data is not None and train_data is None:
             both = f"{config.data.name} and {given_name(eval_data)}"
             config = replace(config, data=replace(config.data, name=both))
-        state = states.build(config, ranks, sets, model)
+        state = states.build(config, ranks, sets, model, task)
         total = sets.total_steps(config)
         schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
         if lock:

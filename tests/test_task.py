@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dist_train import fit
 from dist_train.config import UserError, from_mapping
@@ -107,6 +108,134 @@ def test_regression_is_plugged_in_through_fit(tmp_path: Path) -> None:
     )
     assert (result.state, result.step) == ("completed", 150)
     assert result.metrics["eval/error"] < 0.15
+
+
+def a_task(
+    loss: Any = None, metrics: Any = None, best: str = "max eval/accuracy", **members: Any
+) -> Classification:
+    """A classification whose loss or metrics are these functions of outputs and targets."""
+    given = {"loss": loss, "metrics": metrics}
+    methods = {name: lambda self, o, t, f=f: f(o, t) for name, f in given.items() if f}
+    task = type("Mine", (Classification,), {**methods, "best": best})()
+    vars(task).update(members)
+    return task
+
+
+class Net(nn.Sequential):
+    """A linear model whose outputs are passed through `give`."""
+
+    def __init__(self, give: Any = None, outputs: int = 3) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, outputs))
+        self.give = give
+
+    def forward(self, images: torch.Tensor) -> Any:
+        outputs = super().forward(images)
+        return self.give(outputs, self.training) if self.give else outputs
+
+
+def each(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (a_task(nn.functional.cross_entropy), r"the loss of 'Mine' is of shape \[\] .* reduction=\"none\""),
+        (a_task(lambda o, t: each(o, t).mean().item()), "the loss of 'Mine' is a float for 5 samples"),
+        (a_task(lambda o, t: each(o, t).detach()), "the loss of 'Mine' has no gradient"),
+        (a_task(lambda o, t: (o[:, :1] - t).square()), r"the loss of 'Mine' is of shape \[5, 5\]"),
+        (a_task(lambda o, t: (o[:, :2] - 1).square().sum(0)), r"the loss .* \[2\] for 5 samples"),
+        (
+            a_task(lambda o, t: o.view(5, 7)),
+            r"'Mine' can't take outputs \[5, 3\] of .* targets \[5\] of torch.int64",
+        ),
+        (a_task(metrics=lambda o, t: o.mean(1)), "the metrics of 'Mine' are a Tensor, not a dict"),
+        (a_task(metrics=lambda o, t: {"f1": o.mean()}), r"the metric 'f1' of 'Mine' is of shape \[\]"),
+        (a_task(metrics=lambda o, t: {"map": o[:, :, None] > 0}), r"the metric 'map' .* \[5, 3, 1\]"),
+        (a_task(metrics=lambda o, t: {"loss": o[:, 0]}), "calls a metric 'loss'"),
+        (a_task(metrics=lambda o, t: {"top 1": o[:, 0]}), "calls a metric 'top 1'"),
+        (a_task(metrics=lambda o, t: {1: o[:, 0]}), "calls a metric 1;"),
+        (a_task(best="accuracy"), "its `best` is written as .*, not 'accuracy'"),
+        (a_task(best="max eval/f1"), "the evaluation has no 'eval/f1', only eval/loss, eval/accuracy"),
+        (a_task(margins=nn.Linear(3, 3)), "'Mine' has weights of its own"),
+        (object(), "'object' has no `loss`; a task has loss, metrics and best"),
+    ],
+)
+def test_what_a_task_gives_is_checked_before_the_first_step(
+    task: Any, told: str, here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        here(*small, task=task)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Net(lambda o, training: {"logits": o}), "Net' gives a dict for 2 images"),
+        (Net(lambda o, training: (o, o)), "Net' gives a tuple for 2 images"),
+        (Net(lambda o, training: o.flatten()), r"Net' gives outputs of shape \[6\] for 2 images"),
+        (Net(outputs=2), r"it gives outputs of shape \[2\] for an image, .* each of the 3 classes"),
+        (Net(lambda o, training: o[:, :, None]), r"it gives outputs of shape \[3, 1\] for an image"),
+        (
+            Net(lambda o, training: (o, o) if training else o),
+            "it gives a tuple, but a task works with one tensor",
+        ),
+    ],
+)
+def test_what_a_model_gives_is_checked_before_the_first_step(
+    model: nn.Module, told: str, here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=told):
+        here(*small, model=model)
+    assert not list(tmp_path.glob("runs/run/checkpoints/*"))
+
+
+def test_a_frozen_part_of_a_task_is_no_state(here: Callable[..., Any], small: list[str]) -> None:
+    task = a_task(weights=nn.Linear(3, 3).requires_grad_(False))
+    assert here(*small, task=task).state == "completed"
+
+
+def test_metrics_that_not_all_batches_have_are_told(here: Callable[..., Any], small: list[str]) -> None:
+    def metrics(outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        short = {"short": outputs[:, 1]} if len(outputs) == 5 else {}
+        return {"accuracy": outputs[:, 0], **short}
+
+    with pytest.raises(UserError, match="'Mine' gives some metrics for a part of the batches only"):
+        here(*small, "eval.batch_size=16", task=a_task(metrics=metrics))  # of 16, 16 and 5 samples
+
+
+def test_targets_that_are_no_tensor_are_told(here: Callable[..., Any], small: list[str]) -> None:
+    data = [(torch.zeros(1, 8, 8), {"label": 1, "box": 2})] * 20
+    with pytest.raises(UserError, match="data: the target of a sample is a dict"):
+        here(*small, model=Net(), train_data=data, eval_data=data, task=a_task())
+
+
+def test_a_task_is_tried_without_a_trace(here: Callable[..., Any], small: list[str], tmp_path: Path) -> None:
+    """BatchNorm's averages and the initial weights are those of the model that nobody has tried."""
+    here(*small, "model.name=cnn", "model.args.widths=[8]", "optim.lr=0", "train.steps=1")
+    saved = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)["model"]
+    assert [value.item() for name, value in saved.items() if name.endswith("num_batches_tracked")] == [1]
+
+
+def test_an_evaluation_of_one_sample_takes_a_squeezed_loss(here: Callable[..., Any], tmp_path: Path) -> None:
+    x = torch.rand(17, 1, 4, 4)
+    numbers = torch.utils.data.TensorDataset(x, x.mean((1, 2, 3)))
+
+    class Squeezed:
+        best = "min eval/loss"
+
+        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return (outputs.squeeze() - targets.squeeze()).square()
+
+        def metrics(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"error": (outputs.squeeze() - targets.squeeze()).abs()}
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 1))
+    result = here(
+        *SMALL, "eval.batch_size=16", model=model, train_data=numbers, eval_data=numbers, task=Squeezed()
+    )
+    assert result.state == "completed"
 
 
 def test_an_unknown_metric_for_the_best_is_told_with_those_there_are(

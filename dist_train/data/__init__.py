@@ -12,18 +12,19 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Subset
 
 from dist_train.config import Config, UserError
 from dist_train.data.loader import Batch, Loader, Samples, make_loader, recorded
-from dist_train.data.order import DistributedSampler, EvalSampler, steps_per_epoch
+from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.keys import key
 from dist_train.runtime import Runtime, micro_batch
 
-__all__ = ["Batch", "Data", "build", "eval_transform", "recorded"]
+__all__ = ["Batch", "Data", "build", "eval_transform", "first_targets", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,20 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     read = Samples.readable if skip else Samples.sample
     shape, train_shape = (tuple(read(samples, 0, epoch=0)[0].shape) for samples in (evaluation, train))
     return Data(train, evaluation, classes, shape, train_shape, notes)
+
+
+def first_targets(samples: Samples) -> torch.Tensor:
+    """The target of the first sample that can be read, twice, as a batch has them: `[2, ...]`.
+
+    Raises UserError for a target that is neither a tensor nor a number.
+    """
+    _, target = samples.readable(0, epoch=0)
+    if not isinstance(target, (torch.Tensor, np.ndarray, np.generic, int, float)):
+        raise UserError(
+            f"data: the target of a sample is a {type(target).__name__}; it must be one tensor or number."
+        )
+    parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
+    return next(batch.targets for part in parts for batch in samples.batches([part]) if len(batch.targets))
 
 
 def _bytes(size: int, shape: tuple[int, ...]) -> int:
