@@ -14,7 +14,7 @@ import typer
 from dist_train import __version__
 from dist_train.config import RunError, UserError, load_words
 
-BEGAN = time.time()  # the imports to come count as seconds of the run
+BEGAN = time.monotonic()  # the imports to come count as seconds of the run
 
 app = typer.Typer(
     name="dist-train",

@@ -108,7 +108,7 @@ def steps(
         elif average:
             average(step)
         state.step, state.metrics = step + 1, {}
-        clock.steps += 1
+        clock.step(batch.part.total)
         yield Step(config.optim.lr * share, detached, bad, skipped)
 
 

@@ -62,15 +62,20 @@ class Clock:
         account: where seconds are added, by name: `productive`, `waiting for data`, and those set `aside`.
     """
 
-    def __init__(self, batch_size: int, account: dict[str, float]) -> None:
-        self.batch_size, self.account = batch_size, account
+    def __init__(self, account: dict[str, float]) -> None:
+        self.account = account
         self.data_seconds = 0.0  # counted by the loop, since the last `settle`
         self._aside = 0.0
         self._settled = time.perf_counter()
         self._restart()
 
     def _restart(self) -> None:
-        self.steps, self._seconds, self._waiting = 0, 0.0, 0.0  # since the last row
+        self.steps, self.samples, self._seconds, self._waiting = 0, 0, 0.0, 0.0  # since the last row
+
+    def step(self, samples: int) -> None:
+        """Counts a step, which took so many samples on all ranks together; a last batch may be short."""
+        self.steps += 1
+        self.samples += samples
 
     @contextmanager
     def aside(self, name: str) -> Iterator[None]:
@@ -100,7 +105,7 @@ class Clock:
         """Speed since the last row, as metrics, and a new start."""
         seconds, steps = max(self._seconds, 1e-9), max(self.steps, 1)
         values = {
-            "perf/samples_per_second": self.batch_size * steps / seconds,
+            "perf/samples_per_second": self.samples / seconds,
             "perf/data_share": self._waiting / seconds,
             "perf/seconds_left": steps_left * seconds / steps,
         }

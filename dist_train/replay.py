@@ -106,7 +106,7 @@ def _steps(
     schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
     read: deque[data.Batch] = deque(maxlen=config.train.accumulate)  # of the step taken last
     batches = _remembered(iter(sets.train_loader(config, ranks, state.step, stop)), read)
-    clock = Clock(config.train.batch_size, dict.fromkeys(SECONDS, 0.0))
+    clock = Clock(dict.fromkeys(SECONDS, 0.0))
     taken = steps(config, ranks, state, task, schedule, batches, stop, clock)
     while state.step < stop - 1:
         next(taken)

@@ -39,7 +39,7 @@ class Tracker:
     A full disk or a lost folder doesn't reach the training: lines wait in memory until they can be written.
 
     Args:
-        started: time.time() at the beginning of this attempt.
+        started: time.monotonic() at the beginning of this attempt.
         resumed: the step of the checkpoint it goes on from, or 0.
         processes: the world size.
     """
@@ -75,7 +75,7 @@ class Tracker:
     @property
     def seconds(self) -> float:
         """Seconds that the run has taken so far, over all attempts."""
-        return self.account.before + time.time() - self.started
+        return self.account.before + time.monotonic() - self.started
 
     @property
     def between_interruptions(self) -> float:
@@ -188,9 +188,9 @@ class Account:
         """The account of an attempt that goes on from step `resumed`, after one that left `status`."""
         old = status.get("seconds", {})
         account = cls(
-            before=float(old.get("total", 0.0)),
+            before=max(0.0, float(old.get("total", 0.0))),
             lost_steps=int(status.get("lost_steps", 0)),
-            seconds={name: float(old.get(name, 0.0)) for name in SECONDS},
+            seconds={name: max(0.0, float(old.get(name, 0.0))) for name in SECONDS},
         )
         done = int(status.get("step", 0))
         if done > resumed:  # what they cost is known on average only

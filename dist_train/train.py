@@ -56,11 +56,11 @@ def fit(
         model, train_data, eval_data, task: used instead of what the configuration names. Data sets are
             map-style, of (image `[C, H, W]`, target); `train_data.classes` names the classes, if any.
         allow_changes: go on also with a configuration that is not the one the run was started with.
-        started: time.time() from which this attempt's seconds are counted; now, if not given.
+        started: time.monotonic() from which this attempt's seconds are counted; now, if not given.
 
     Raises UserError for mistakes in the configuration or the data, RunError for what ended the run.
     """
-    started = started or time.time()
+    started = started or time.monotonic()
     if isinstance(config, Mapping):
         config = from_mapping(config)
     elif not isinstance(config, Config):
@@ -145,8 +145,8 @@ def _fit(
     watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
     end, reason = "failed", ""
     try:
-        account["starting"] += time.time() - started
-        clock = Clock(config.train.batch_size, account)
+        account["starting"] += time.monotonic() - started
+        clock = Clock(account)
         if any(ranks.gather(interrupt.is_set())):  # a signal came while all this was built
             reason = interrupt.reason or "a signal to another rank"
         else:

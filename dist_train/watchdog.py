@@ -49,7 +49,8 @@ class Watchdog:
     ) -> None:
         self.folder, self.seconds = config.run_dir / "stacks", config.watchdog_seconds
         self.ranks, self.interrupt, self.lock, self.fail = ranks, interrupt, lock, fail
-        self.at = (time.monotonic(), 0, "starting")
+        self._began = time.monotonic()  # ranks begin together; clocks of hosts differ, and are set
+        self.at = (self._began, 0, "starting")
         self.reason = ""  # for which it has given this rank up
         self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
         self._parent = os.getppid() if was_launched(os.environ) else None
@@ -67,13 +68,16 @@ class Watchdog:
         self._ended.set()
         self._thread.join(2 * LOOK_SECONDS)
 
+    def _age(self) -> float:
+        return time.monotonic() - self._began
+
     def _run(self) -> None:
         renewed = 0.0
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
             if self._parent and os.getppid() != self._parent:
                 self.interrupt.request("the launcher is gone")
-            if self._deadline and time.time() >= self._deadline:
+            if self._deadline and now >= self._deadline:
                 self.interrupt.request(self._deadline_name)
             if self.lock and now - renewed >= RENEW_SECONDS:
                 renewed = now
@@ -88,7 +92,7 @@ class Watchdog:
         if self._store:
             _, step, doing = self.at
             with contextlib.suppress(RuntimeError):  # the store is gone, with the launcher or rank 0
-                self._store.set(f"at/{self.ranks.rank}", json.dumps([time.time(), step, doing]))
+                self._store.set(f"at/{self.ranks.rank}", json.dumps([self._age(), step, doing]))
 
     def _bite(self) -> None:
         """Writes the stacks, names the rank that came last, and ends the process if it still hangs."""
@@ -121,7 +125,7 @@ class Watchdog:
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
         asking.start()
         asking.join(2 * LOOK_SECONDS)
-        return last_rank(places, self.ranks.world_size, time.time())
+        return last_rank(places, self.ranks.world_size, self._age())
 
     def _ask(self, places: dict[int, tuple[float, int, str]]) -> None:
         assert self._store
@@ -145,6 +149,7 @@ def last_rank(places: Mapping[int, tuple[float, int, str]], world_size: int, now
 
     Args:
         places: of each rank that is known the time at which it told, its step, and what it did.
+        now: the same clock's time.
     """
     if not places:
         return "the store does not answer, so rank 0 or the launcher, which keeps it, came last"
@@ -166,13 +171,14 @@ def _store() -> dist.Store:
 
 
 def _deadline(config: Config, started: float) -> tuple[float, str]:
-    """When to stop, as time.time(), and why; 0 for no deadline."""
+    """When to stop, as time.monotonic(), and why; 0 for no deadline."""
     if config.stop_after:
         return started + parse_seconds(config.stop_after), f"stop_after={config.stop_after}"
     end = slurm_end(os.environ)
     if not end:
         return 0.0, ""
-    return end - min(MARGIN_SECONDS, (end - time.time()) / 5), "SLURM's time limit is near"
+    left = end - time.time()
+    return time.monotonic() + left - min(MARGIN_SECONDS, left / 5), "SLURM's time limit is near"
 
 
 def slurm_end(env: dict[str, str] | os._Environ[str]) -> float | None:

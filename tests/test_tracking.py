@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from dist_train.tracking import Lines, read_lines, read_metrics
+import pytest
+
+from dist_train.tracking import Account, Lines, read_lines, read_metrics, read_status
 from tests.conftest import Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
@@ -75,6 +80,39 @@ def test_an_evaluation_that_is_made_up_for_takes_no_step_back(tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     rows = read_metrics(tmp_path)
     assert [(row["step"], row["attempt"]) for row in rows] == [(10, 1), (10, 2), (20, 3), (20, 3)]
+
+
+def test_a_clock_that_is_set_back_is_no_matter(
+    here: Callable[..., Any], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(told))
+    here(*small, "train.steps=6")
+    here(*small)  # the second attempt goes on from what the first one has written
+    rows = read_metrics(tmp_path / "runs" / "run")
+    times = [row["time"] for row in rows]
+    assert times == sorted(times) and times[0] > 0
+    status = read_status(tmp_path / "runs" / "run")
+    assert 0 < status["goodput"] <= 1
+    assert min(status["seconds"].values()) >= 0
+    assert sum(status["seconds"].values()) <= 2 * status["seconds"]["total"] + 0.01
+
+
+def test_what_a_wrong_clock_has_left_counts_as_nothing() -> None:
+    account = Account.after({"step": 5, "seconds": {"total": -3600.0, "productive": -3500.0}}, resumed=0)
+    assert (account.before, account.seconds["productive"], account.lost_steps) == (0, 0, 5)
+
+
+def test_the_speed_is_that_of_the_samples_really_taken(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    """90 samples in batches of 64: two steps take 90 and not 128; one of 9,000 takes 90, too."""
+    for batch, steps in ((64, 2), (9000, 1)):
+        name, length = f"run.name={batch}", (f"train.steps={2 * steps}", f"log.every={steps}")
+        here(*small, name, f"train.batch_size={batch}", *length)
+        rows = [row for row in read_metrics(tmp_path / "runs" / str(batch)) if "train/loss" in row]
+        samples = rows[0]["perf/samples_per_second"] * rows[0]["perf/seconds_left"]  # of the other half
+        assert samples == pytest.approx(90, rel=0.01)
 
 
 def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
