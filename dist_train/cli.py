@@ -56,13 +56,13 @@ def train(
     ] = False,
 ) -> None:
     """Train, or go on with the run where it stopped. Exit code 75: interrupted, state saved."""
-    from dist_train.interrupt import EXIT_INTERRUPTED, around_training, before_training
+    from dist_train.interrupt import EXIT_INTERRUPTED, before_training, launcher_watched
 
     before_training()
-    config = load_words(arguments)
-    from dist_train.train import fit
+    with launcher_watched():
+        config = load_words(arguments)
+        from dist_train.train import fit
 
-    around_training()
     result = fit(config, allow_changes=allow_changes, started=BEGAN)
     if _is_main():
         print(f"{result.state} at step {result.step:,}: {result.folder}")

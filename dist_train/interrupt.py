@@ -1,25 +1,36 @@
 """Interruption: a signal sets a flag, and the loop stops at the next step on which all ranks agree.
 
-The handler does nothing else, so it can't meet a half-done backward pass or a collective in flight.
+The handler does nothing else, so it can't meet a half-done backward pass or a collective in flight. A
+launcher that goes away asks to stop as well. Imports nothing heavy: this is there before all else.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: try again
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+LOOK_SECONDS = 1.0  # how often the launcher is looked for
+BORN = (os.getpid(), os.getppid())  # later the launcher may be gone, and another process the parent
 SAME_SECONDS = 0.5  # torchrun forwards the SIGINT that a terminal has sent to its ranks already
 
 
 class Interrupt:
-    """While it is entered, signals are turned into `reason`; a second SIGINT stops at once."""
+    """While it is entered, signals are turned into `reason`; a second SIGINT stops at once.
+
+    So is a launcher that is gone once `can_save` is set; before, it ends the process: nothing is lost.
+    """
 
     def __init__(self) -> None:
         self.reason = ""  # of the first request, or empty
+        self.can_save = False  # whether there is a loop that stops and saves
+        self._watched = launcher_watched(self._launcher_gone)
         self._sigint_at = 0.0
         self._before: dict[int, object] = {}
 
@@ -32,6 +43,7 @@ class Interrupt:
         self.reason = self.reason or reason
 
     def __enter__(self) -> Interrupt:
+        self._watched.__enter__()
         for name in SIGNALS:
             number = getattr(signal, name, None)  # some are not on every system
             if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
@@ -43,8 +55,12 @@ class Interrupt:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._watched.__exit__(None, None, None)
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # The state is saved, or never will be. As soon as one rank has ended with 75, srun sends SIGTERM
+            # to the others, which are about to end as well.
+            ending = handler is end_as_interrupted
+            signal.signal(number, signal.SIG_IGN if ending else handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -53,23 +69,43 @@ class Interrupt:
             self._sigint_at = self._sigint_at or time.monotonic()
         self.request(signal.Signals(number).name)
 
+    def _launcher_gone(self) -> None:
+        if not self.can_save:
+            end_as_interrupted()
+        self.request("the launcher is gone")
+
 
 def before_training() -> None:
-    """From here on a signal ends this process at once, as interrupted: there is nothing to save yet."""
-    for number in _that_srun_sends():
-        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
+    """From here to an `Interrupt` a signal ends this process at once: there is nothing to save yet.
 
-
-def around_training() -> None:
-    """From here on a signal means nothing outside of an `Interrupt`: the state is saved, or never will be.
-
-    As soon as one rank has ended with 75, srun sends SIGTERM to the others, which are about to end as well.
+    Ctrl-C and a terminal that goes away keep their usual meaning outside of training.
     """
-    for number in _that_srun_sends():
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, end_as_interrupted)
 
 
-def _that_srun_sends() -> list[int]:
-    """Ctrl-C and a terminal that goes away keep their usual meaning outside of training."""
-    names = ("SIGTERM", "SIGUSR1", "SIGUSR2")
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+def end_as_interrupted(*_: object) -> None:
+    """Ends the process without ado, with the exit code of an interruption."""
+    os._exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def launcher_watched(gone: Callable[[], None] = end_as_interrupted) -> Iterator[None]:
+    """Meanwhile a thread calls `gone` each second in which the launcher of this process is no more."""
+    from dist_train.launchers import was_launched
+
+    launcher = BORN[1] if BORN[0] == os.getpid() else os.getppid()  # a forked process has another parent
+    left = threading.Event()
+
+    def look() -> None:
+        while not left.wait(LOOK_SECONDS):
+            if os.getppid() != launcher:
+                gone()
+
+    if was_launched(os.environ):
+        threading.Thread(target=look, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()

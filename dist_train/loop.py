@@ -182,7 +182,7 @@ def loop(
     ):  # the attempt before was interrupted ahead of this evaluation
         measure()
         if not state.metrics:
-            return interrupt.reason or "a signal to another rank"
+            return why_stopped(ranks, interrupt)
         save(best.improves(state.metrics, state.best))
 
     for done in steps(config, ranks, state, task, schedule, batches, total, clock, watchdog.beat):
@@ -202,13 +202,19 @@ def loop(
         # The one wait for the device and the other ranks: losses, and with them what each rank asks.
         watchdog.beat(state.step, "waiting for other ranks")
         timed = ranks.is_main and 0 < seconds_to_save() < time.monotonic() - saved_at
-        stop_asked, save_now, seconds, unread = window.meet(
-            interrupt.is_set(), timed, clock.seconds_per_step, len(bad)
+        stop_asked, save_now, gone, seconds, unread = window.meet(
+            interrupt.is_set(),
+            timed,
+            ranks.is_main and not config.run_dir.exists(),
+            clock.seconds_per_step,
+            len(bad),
         )
         clock.settle()
+        if gone:
+            raise RunError(f"{config.run_dir} was deleted or moved under way; this attempt ends, unsaved.")
         if config.on_nonfinite == "stop" and (ago := window.first_nonfinite()) is not None:
             raise RunError(_nonfinite(config, ranks, sets, state.step - ago, "its loss is not finite"))
-        pace = ranks.world_size * MEET_SECONDS / max(seconds, 1e-9)
+        pace = ranks.world_size * MEET_SECONDS / seconds if seconds else 1  # after step 1 it isn't known
         meet_at = state.step + max(1, min(config.log.every, int(pace)))
         if unread:
             told = [item for items in ranks.gather(bad) for item in items]
@@ -241,11 +247,16 @@ def loop(
     if failure:
         raise RunError(f"the state after step {state.step:,} is not saved: {failure}.")
     if state.step < total or not state.metrics:
-        return interrupt.reason or "a signal to another rank"
+        return why_stopped(ranks, interrupt)
     if saver:
         names = {"classes": "\n".join(sets.classes)}
         checkpoint.save_weights(config.run_dir / "model.safetensors", state.evaluated, names)
     return ""
+
+
+def why_stopped(ranks: Runtime, interrupt: Interrupt) -> str:
+    """The reason of the first rank that was asked to stop; all ranks ask together."""
+    return next(filter(None, ranks.gather(interrupt.reason)), "")
 
 
 def _nonfinite(config: Config, ranks: Runtime, sets: data.Data, step: int, what: str) -> str:

@@ -65,6 +65,8 @@ class Clock:
     def __init__(self, account: dict[str, float]) -> None:
         self.account = account
         self.data_seconds = 0.0  # counted by the loop, since the last `settle`
+        self.seconds_per_step = 0.0  # between the last two `settle`s; 0: not known yet
+        self._unsettled = 0  # steps since the last one
         self._aside = 0.0
         self._settled = time.perf_counter()
         self._restart()
@@ -75,6 +77,7 @@ class Clock:
     def step(self, samples: int) -> None:
         """Counts a step, which took so many samples on all ranks together; a last batch may be short."""
         self.steps += 1
+        self._unsettled += 1
         self.samples += samples
 
     @contextmanager
@@ -95,11 +98,8 @@ class Clock:
         self._waiting += waiting
         self.account["productive"] += seconds - waiting
         self.account["waiting for data"] += waiting
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean seconds of a training step since the last row, as far as it is settled."""
-        return self._seconds / max(self.steps, 1)
+        if self._unsettled:
+            self.seconds_per_step, self._unsettled = seconds / self._unsettled, 0
 
     def take(self, steps_left: int) -> dict[str, float]:
         """Speed since the last row, as metrics, and a new start."""

@@ -153,7 +153,7 @@ class Tracker:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            if not self.trouble:
+            if not self.trouble and self.folder.exists():
                 self.warn(f"{self.folder}/status.json could not be written: {error.strerror}.")
 
     def fail(self, reason: str) -> None:

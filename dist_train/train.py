@@ -20,7 +20,7 @@ from dist_train import task as tasks
 from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
-from dist_train.loop import loop
+from dist_train.loop import loop, why_stopped
 from dist_train.meters import Clock
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime
@@ -143,12 +143,13 @@ def _fit(
             tracker.say(note)
     account = tracker.account.seconds if tracker else dict.fromkeys(SECONDS, 0.0)
     watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
+    interrupt.can_save = True
     end, reason = "failed", ""
     try:
         account["starting"] += time.monotonic() - started
         clock = Clock(account)
         if any(ranks.gather(interrupt.is_set())):  # a signal came while all this was built
-            reason = interrupt.reason or "a signal to another rank"
+            reason = why_stopped(ranks, interrupt)
         else:
             reason = loop(
                 config, ranks, interrupt, state, sets, task, tracker, saver, watchdog, clock, schedule, total

@@ -1,7 +1,8 @@
 """The watchdog: a thread beside a rank's loop that notices what the loop itself can't.
 
-A step that never ends, a launcher that is gone, a deadline, and a lock that another attempt has taken.
-It only asks to stop, as a signal does; of a hang it writes the stacks and ends the process.
+A step that never ends, a deadline, and a lock that another attempt has taken.
+It only asks to stop, as a signal does; of a hang it writes the stacks and ends the process. Where code holds
+Python's lock (the GIL) no thread can look: then faulthandler's own thread, in C, does that.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 import torch.distributed as dist
 
 from dist_train.config import Config, parse_seconds
 from dist_train.interrupt import Interrupt
-from dist_train.launchers import slurm_job, was_launched
+from dist_train.launchers import slurm_job
 from dist_train.lock import RENEW_SECONDS, Lock
 from dist_train.runtime import Runtime
 
 LOOK_SECONDS = 1.0
+GIL_SECONDS = 10.0  # after a hang of any other kind is told and ended
 SILENT_SECONDS = 5.0  # a rank that has told nothing for so long is stopped or gone
 MARGIN_SECONDS = 60.0  # kept of SLURM's time limit for the last save
 
@@ -53,8 +56,8 @@ class Watchdog:
         self.at = (self._began, 0, "starting")
         self.reason = ""  # for which it has given this rank up
         self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
-        self._parent = os.getppid() if was_launched(os.environ) else None
         self._store = _store() if ranks.world_size > 1 else None
+        self._held = self._open_held() if self.seconds else None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -67,6 +70,7 @@ class Watchdog:
         """Ends the watch."""
         self._ended.set()
         self._thread.join(2 * LOOK_SECONDS)
+        self._close_held()
 
     def _age(self) -> float:
         return time.monotonic() - self._began
@@ -75,8 +79,8 @@ class Watchdog:
         renewed = 0.0
         while not self._ended.wait(LOOK_SECONDS):
             now = time.monotonic()
-            if self._parent and os.getppid() != self._parent:
-                self.interrupt.request("the launcher is gone")
+            if self._held is not None:  # as long as this thread gets its turn, it never comes to that
+                faulthandler.dump_traceback_later(self.seconds + GIL_SECONDS, exit=True, file=self._held)
             if self._deadline and now >= self._deadline:
                 self.interrupt.request(self._deadline_name)
             if self.lock and now - renewed >= RENEW_SECONDS:
@@ -115,6 +119,30 @@ class Watchdog:
         if self.at is at:
             _end(f"rank {self.ranks.rank}: {self.reason}")
         self.reason = ""  # it was slow, and moves again
+
+    def _held_path(self) -> Path:
+        return self.folder / f"rank-{self.ranks.rank}-gil.txt"
+
+    def _open_held(self) -> int:
+        """Where the stacks go when the GIL is held: open before, since no Python runs then."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+            return os.open(self._held_path(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        except OSError:
+            return os.dup(2)
+
+    def _close_held(self) -> None:
+        """Leaves nothing behind where nothing was written."""
+        if self._held is None:
+            return
+        faulthandler.cancel_dump_traceback_later()
+        empty = os.fstat(self._held).st_size == 0
+        os.close(self._held)
+        self._held = None
+        with contextlib.suppress(OSError):
+            if empty:
+                self._held_path().unlink()
+            self.folder.rmdir()  # which fails if stacks are in it
 
     def _last(self) -> str:
         """Which rank came last, in words."""

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 from tests.conftest import Finished
 
+EARLY = """
+import importlib.abc, os, runpy, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("dist_train", run_name="__main__", alter_sys=True)
+"""
 LATE = """
 import atexit, os, signal
 from dist_train.task import Classification
@@ -20,15 +31,15 @@ atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 """
 
 
+@pytest.mark.parametrize("name", ["dist_train.cli", "omegaconf", "torch", "dist_train.loop", "mine"])
 def test_a_signal_before_training_ends_it_as_interrupted(
-    start: Callable[..., Any], small: list[str], wait_for: Callable[..., None]
+    name: str, run: Callable[..., Finished], small: list[str], tmp_path: Path
 ) -> None:
-    process = start("-m", "dist_train", "train", *small)
-    maps = Path(f"/proc/{process.pid}/maps")
-    wait_for(lambda: "libtorch_cpu" in maps.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (75, "", "")
+    """From the first import on; the last one is that of the task, within `fit`."""
+    (tmp_path / "mine.py").write_text("from dist_train.task import Classification as Mine")
+    finished = run("-c", EARLY, "train", *small, "task.name=mine:Mine", env={"AT": name})
+    assert (finished.rc, finished.err.count("Traceback")) == (75, 0), finished
+    assert name == "mine" or (finished.out, finished.err) == ("", ""), finished
 
 
 def test_a_signal_after_training_changes_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -113,6 +114,20 @@ def test_the_speed_is_that_of_the_samples_really_taken(
         rows = [row for row in read_metrics(tmp_path / "runs" / str(batch)) if "train/loss" in row]
         samples = rows[0]["perf/samples_per_second"] * rows[0]["perf/seconds_left"]  # of the other half
         assert samples == pytest.approx(90, rel=0.01)
+
+
+def test_a_run_whose_folder_is_deleted_under_way_stops_at_once(
+    under_way: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    rare = ["log.every=1000000", "eval.every=1000000", "checkpoint.every=never"]
+    process = under_way("-m", "dist_train", "train", *small, "train.steps=1000000", *rare)
+    (tmp_path / "runs" / "run").rename(tmp_path / "away")  # at one blow
+    shutil.rmtree(tmp_path / "away")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    told = [line for line in err.splitlines() if not line.startswith(("run ", "goodput "))]
+    assert told == ["dist-train: runs/run was deleted or moved under way; this attempt ends, unsaved."]
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(

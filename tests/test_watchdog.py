@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,13 +17,14 @@ import psutil
 import pytest
 
 from dist_train.config import parse_seconds
+from dist_train.report.status import collect
 from dist_train.tracking import read_status
 from dist_train.watchdog import last_rank, slurm_end
 from tests.conftest import REPO, SMALL, Finished
 from tests.distributed.ranks import last
 
 HANGS = """
-import os, pathlib, time
+import ctypes, os, pathlib, time
 
 def hangs(image):
     time.sleep(0.002)
@@ -36,6 +38,8 @@ def stuck():
         while not pathlib.Path("runs/run/stacks/rank-0.txt").exists():
             time.sleep(0.01)
         return time.sleep(1)
+    if "HOLDS" in os.environ:
+        ctypes.PyDLL(None).sleep(600)
     if "DIES" in os.environ:  # when rank 0 has noticed
         while not pathlib.Path("runs/run/stacks/rank-0.txt").exists():
             time.sleep(0.01)
@@ -92,6 +96,23 @@ def test_a_step_that_was_slow_but_ends_is_no_hang(
     assert process.returncode == 75 and "no step for 3 s" in err
 
 
+def test_code_that_holds_the_lock_of_python_ends_with_its_stacks(
+    under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    stacks = tmp_path / "runs" / "run" / "stacks"
+    process = under_way(
+        "-m", "dist_train", "train", *HANGING, "watchdog_seconds=1", env={"HANGING": 0, "HOLDS": 1}
+    )
+    assert [path.stat().st_size for path in stacks.iterdir()] == [0]
+    (tmp_path / "now").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "in stuck" in (stacks / "rank-0-gil.txt").read_text()
+    (row,) = collect([stacks.parent])
+    assert row["state"] == "lost" and row["trouble"].endswith(f"is gone; its stacks are in {stacks}"), row
+
+
 def test_a_stopped_rank_is_named_by_the_others(
     ranks_running: tuple[list[subprocess.Popen[str]], Path],
 ) -> None:
@@ -141,7 +162,11 @@ def test_the_last_rank_is_the_silent_one_else_the_one_with_the_fewest_steps() ->
 
 def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks that a launcher has started."""
-    return [p for p in psutil.Process(process.pid).children(recursive=True) if "train" in p.cmdline()]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "train" in child.cmdline() else []
+    return found
 
 
 def saved_because(run: Path, reason: str) -> bool:
@@ -168,6 +193,31 @@ def test_ranks_whose_launcher_is_gone_save_and_end(
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
     assert saved_because(run, "the launcher is gone"), read_status(run)
+
+
+STARTS = """
+import os, pathlib, time
+
+def data(train, root):
+    pathlib.Path(f"starts-{os.environ['RANK']}").touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("when", ["while they import", "while one waits for the other"])
+def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
+    when: str, start: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(STARTS)
+    words = ["data.name=slow:data", "train.steps=9", "device=cpu", "wandb.mode=disabled"]
+    process = start(*torchrun("train", *words))
+    wait_for(lambda: len(children(process)) == 2, process)
+    if when == "while one waits for the other":
+        wait_for(lambda: list(tmp_path.glob("starts-*")), process)
+    family = children(process)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

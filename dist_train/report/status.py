@@ -97,10 +97,20 @@ def _lost(folder: Path, status: dict[str, Any]) -> str:
         age = time.time() - (folder / "lock").stat().st_mtime
         holder = {**status, **(lock.read(folder / "lock") or {})}
     if lock.is_gone(holder):
-        return f"process {holder.get('pid')} on {holder.get('host')} is gone"
+        stacks = f"; its stacks are in {folder}/stacks" if _has_stacks(folder) else ""
+        return f"process {holder.get('pid')} on {holder.get('host')} is gone{stacks}"
     if age > lock.STALE_SECONDS:
         return f"no sign of life from {holder.get('host') or 'its process'} for {age:,.0f} s"
     return ""
+
+
+def _has_stacks(folder: Path) -> bool:
+    """Whether the last attempt ended by writing its stacks: holding the GIL, it could tell nothing."""
+    with contextlib.suppress(OSError):
+        held = [path.stat() for path in (folder / "stacks").glob("rank-*-gil.txt")]
+        renewed = (folder / "lock").stat().st_mtime
+        return any(told.st_size and told.st_mtime >= renewed for told in held)
+    return False
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
