@@ -83,11 +83,12 @@ import os, pathlib, signal
 from dist_train.task import Classification
 
 class StopsItself(Classification):
-    # The fourth batch that is evaluated is in the middle of the second evaluation.
+    # The fourth batch that is evaluated is in the middle of the second evaluation; the task is tried on a
+    # few samples before the first step.
     batches = 0
 
     def metrics(self, outputs, targets):
-        type(self).batches += 1
+        type(self).batches += len(targets) >= 200
         mark = pathlib.Path("stopped")
         if self.batches == 4 and not mark.exists() and pathlib.Path("armed").exists():
             mark.touch()
