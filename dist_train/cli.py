@@ -124,7 +124,7 @@ def samples(
     output: Annotated[Path, typer.Option(help="The PNG file.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, max=200, help="How many images.")] = 16,
 ) -> None:
-    """Draw training images with their class names, before and after augmentation."""
+    """Draw training images with their class names, as they are read and as the model sees them."""
     config = load_words(arguments)
     from dist_train.report.samples import draw
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -14,13 +16,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from dist_train import data
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import fashion_mnist as fashion
 from dist_train.data import loader
+from dist_train.data.images import read_image
 from dist_train.data.order import DistributedSampler, EvalSampler
 from dist_train.data.sources import open_source
+from dist_train.data.transforms import ImageTransform
 from dist_train.runtime import Runtime
 from tests.conftest import CLASSES, SMALL, Finished, pictures, write_csv, write_images
 
@@ -148,6 +153,116 @@ def test_an_image_folder_may_be_grey_and_hold_its_classes_directly(image_folder:
     assert open_source("image_folder", str(image_folder / "val"), False, {}) is None
 
 
+def test_a_named_folder_that_is_not_there_is_no_reason_to_take_all_folders_for_classes(
+    image_folder: Path,
+) -> None:
+    for key in ("train_dir", "eval_dir"):
+        with pytest.raises(UserError, match=rf"data.args.{key}: .*trian \(did you mean 'train'\?\)"):
+            open_source("image_folder", str(image_folder), True, {key: "trian"})
+    (image_folder / "train").rename(image_folder / "Train")
+    with pytest.raises(UserError, match="has a folder 'Train' but no 'train'"):
+        open_source("image_folder", str(image_folder), True, {})
+    named = {"train_dir": "Train"}
+    assert len(open_source("image_folder", str(image_folder), True, named)) == 30
+    assert len(open_source("image_folder", str(image_folder), False, named)) == 12
+    whole = {"train_dir": "."}
+    assert open_source("image_folder", str(image_folder), True, whole).classes == ["Train", "val"]
+    assert open_source("image_folder", str(image_folder), False, whole) is None
+
+
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(image_folder: Path) -> None:
+    image = (image_folder / "train" / "dark" / "001.png").read_bytes()
+    for place in (".ipynb_checkpoints", "@eaDir", "dark/.ipynb_checkpoints", "dark/@eaDir/thumbs", "dark"):
+        (image_folder / "train" / place).mkdir(parents=True, exist_ok=True)
+        (image_folder / "train" / place / ("._x.png" if place == "dark" else "x.png")).write_bytes(image)
+    source = open_source("image_folder", str(image_folder), True, {})
+    assert (source.classes, len(source)) == (CLASSES, 30)
+
+
+LATIN = os.fsdecode("Käse".encode("latin-1"))  # no UTF-8
+
+
+@pytest.mark.parametrize("name", ["Käse", "🧀 и сыр", pytest.param(LATIN, id="no UTF-8")])
+def test_images_and_classes_may_have_any_name_that_a_file_can_have(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    try:
+        rows = write_images(folder / "train" / name, 3)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for path, _ in rows:
+        path.rename(path.with_name(f"{name} {path.name}"))
+    shutil.copytree(folder / "train", folder / "val")
+    options = {"name": "image_folder", "root": str(folder)}
+    sets = data.build(config(data=options))
+    assert len(sets.train) == 3
+    assert sets.classes == ["K\\xe4se" if name == LATIN else name]
+    assert everything(sets.train_loader(config(data=options), rank(), 0, 1))[0].shape == (3, 3, 8, 8)
+    listed = "".join(f"{name} {path.name},a\n" for path, _ in rows)
+    (folder / "list.csv").write_bytes(os.fsencode(listed))
+    source = open_source(
+        "csv", str(folder), True, {"annotations_file": "list.csv", "img_dir": f"train/{name}"}
+    )
+    assert source.path(2) == folder / "train" / name / f"{name} 002.png" and source[2][1] == 0
+
+
+def grey(folder: Path, name: str, array: np.ndarray) -> Path:
+    path = folder / name
+    if name.endswith(".pgm"):
+        header = f"P5 {array.shape[1]} {array.shape[0]} 65535\n".encode()
+        path.write_bytes(header + array.astype(">u2").tobytes())
+    else:
+        Image.fromarray(array).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "white"),
+    [
+        ("a.png", np.uint8, 255),
+        ("a.png", np.uint16, 65535),
+        ("a.tif", np.uint16, 65535),
+        ("a.pgm", np.uint16, 65535),
+        ("a.tif", np.float32, 1),
+    ],
+)
+def test_an_image_of_any_depth_is_read_in_shades(name: str, kind: type, white: float, tmp_path: Path) -> None:
+    shades = np.linspace(0, 1, 12).reshape(3, 4)
+    path = grey(tmp_path, name, (shades * white).astype(kind))
+    for channels in (1, 3, 4):
+        seen = ImageTransform()(read_image(path, channels))
+        assert seen.shape == (channels, 3, 4)
+        for channel in seen[:3]:
+            assert np.allclose(channel, shades, atol=1 / 255)
+        assert channels < 4 or bool((seen[3] == 1).all())
+
+
+def test_an_image_whose_white_is_not_known_is_refused(tmp_path: Path) -> None:
+    for number, array in enumerate((np.full((3, 4), 70_000, np.int32), np.full((3, 4), 1.5, np.float32))):
+        path = grey(tmp_path, f"{number}.tif", array)
+        with pytest.raises(data.images.BadSample, match=rf"{number}.tif: not a readable image \("):
+            read_image(path)
+    with pytest.raises(UserError, match="1, 3 or 4 channels, not 2"):
+        read_image(path, 2)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "palette with transparency"])
+def test_every_mode_of_an_image_is_read_alike(mode: str, tmp_path: Path, recwarn: Any) -> None:
+    image = Image.new("RGB", (4, 3), (255, 255, 255))
+    image.putpixel((0, 0), (0, 0, 0))
+    if mode.startswith("palette"):
+        image = image.convert("P")
+        image.info["transparency"] = bytes([0] * 256)
+    else:
+        image = image.convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    image.save(path)
+    for channels in (1, 3, 4):
+        seen = read_image(path, channels)
+        assert (seen.dtype, seen.shape) == (torch.uint8, (channels, 3, 4))
+        assert set(seen[0].flatten().tolist()) == {0, 255} and seen[0, 0, 0] == 0
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("header", [True, False], ids=["header", "no header"])
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "names"])
 def test_a_csv_file_lists_images_with_their_labels(header: bool, numbers: bool, tmp_path: Path) -> None:
@@ -175,6 +290,270 @@ def test_an_eval_csv_file_that_lacks_a_class_keeps_the_label_numbers(csv_data: P
     source = open_source("csv", str(csv_data), False, args)
     assert source.classes == CLASSES
     assert [source[index][1] for index in range(2)] == [1, 2]
+
+
+def csv_source(folder: Path, train: bool = True, **args: Any) -> data.images.ImageFiles:
+    given = {"annotations_file": "list.csv", "img_dir": "pictures", **args}
+    return open_source("csv", str(folder), train, given)  # type: ignore[no-any-return]
+
+
+def labels_of(source: Any) -> list[int]:
+    return list(source.labels.tolist())
+
+
+@pytest.fixture
+def listed(tmp_path: Path) -> Callable[..., Path]:
+    """listed("list.csv", ["1", "cat"]) -> a CSV file of these labels, for images that are there."""
+    files = [path.name for path, _ in write_images(tmp_path / "pictures", 5)]
+
+    def write(name: str, labels: list[Any], *header: str) -> Path:
+        rows = list(zip(files, labels, strict=False))
+        return write_csv(tmp_path / name, [header, *rows] if header else rows)
+
+    return write
+
+
+def test_the_training_file_decides_what_labels_mean(listed: Callable[..., Path], tmp_path: Path) -> None:
+    listed("list.csv", [1, 2, "unknown"])
+    listed("few.csv", [1, 2])
+    few = {"eval_annotations_file": "few.csv"}
+    assert csv_source(tmp_path).classes == ["1", "2", "unknown"]
+    assert labels_of(csv_source(tmp_path, False, **few)) == labels_of(csv_source(tmp_path))[:2] == [0, 1]
+    listed("list.csv", [0, 1, 2])
+    assert labels_of(csv_source(tmp_path, False, **few)) == [1, 2]
+    assert labels_of(csv_source(tmp_path, classes=["2", "1", "0"])) == [2, 1, 0]  # by their names
+    listed("few.csv", [1, "unknown"])
+    with pytest.raises(UserError, match=r"few.csv: line 2: 'unknown' is no number"):
+        csv_source(tmp_path, False, **few)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 1, -1], "line 3: label -1, but the 2 classes"),
+        ([0, 1, ""], "line 3 has no label"),
+        ([0, 1_700_000_000], "a label is 1,700,000,000; are these the numbers of classes"),
+    ],
+)
+def test_a_label_in_a_csv_file_that_is_none_is_told(
+    labels: list[Any], told: str, listed: Callable[..., Path], tmp_path: Path
+) -> None:
+    listed("list.csv", labels)
+    with pytest.raises(UserError, match=told):
+        csv_source(tmp_path)
+
+
+def test_a_first_row_that_could_be_an_image_is_never_taken_for_a_header(
+    listed: Callable[..., Path], tmp_path: Path
+) -> None:
+    pictures = tmp_path / "pictures"
+    for path in sorted(pictures.iterdir())[:3]:
+        path.rename(path.with_suffix(""))
+    rows = [("000", "cat"), ("001", "dog"), ("002", "cat")]
+    write_csv(tmp_path / "list.csv", rows)
+    assert labels_of(csv_source(tmp_path)) == [0, 1, 0]  # no suffix, but it is there
+    write_csv(tmp_path / "list.csv", [("file", "label"), *rows])
+    named = "line 1: there is no image .*file; if this row is a header, give data.args.image_column"
+    with pytest.raises(UserError, match=named):  # no other row has a suffix either
+        csv_source(tmp_path)
+    assert labels_of(csv_source(tmp_path, image_column="file", label_column="label")) == [0, 1, 0]
+    for label in ("cat", "3"):
+        others = [("003.png", label if label == "cat" else 0), ("004.png", 1)]
+        write_csv(tmp_path / "list.csv", [("lost", label), *others])
+        with pytest.raises(UserError, match=r"line 1: there is no image .*lost"):
+            csv_source(tmp_path)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_columns_of_a_csv_file_go_by_name_or_number(
+    delimiter: str, listed: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [f"{i}{delimiter}00{i}.png{delimiter}{name}" for i, name in enumerate(CLASSES)]
+    with_header = [delimiter.join(("id", "file name", "kind")), *rows]
+    (tmp_path / "list.csv").write_text("\n".join(with_header))
+    named = csv_source(tmp_path, image_column="file name", label_column="kind")
+    assert (named.classes, labels_of(named), named.path(2).name) == (CLASSES, [0, 1, 2], "002.png")
+    by_place = csv_source(tmp_path, image_column=1, label_column=2, delimiter=delimiter)
+    assert (by_place.classes, labels_of(by_place)) == (CLASSES, [0, 1, 2])
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert labels_of(csv_source(tmp_path, image_column=1, label_column=2)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ({"image_column": "fil"}, r"data.args.image_column: .* no column 'fil' \(did you mean 'file'\?\)"),
+        (
+            {"label_column": -1},
+            "data.args.label_column: is the name of a column or its number from 0, not -1",
+        ),
+        ({"label_column": 5}, "list.csv: line 1 has no label"),
+        ({"delimiter": "ab"}, "data.args: csv refused"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told(
+    args: dict[str, Any], told: str, listed: Callable[..., Path], tmp_path: Path
+) -> None:
+    listed("list.csv", CLASSES, "file", "label")
+    with pytest.raises(UserError, match=told):
+        csv_source(tmp_path, **args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "white"),
+    [
+        (np.uint8, 255), (np.int64, 255), (np.int32, 255), (">i4", 255), (np.uint16, 65535), (">u2", 65535),
+        (bool, 1), (np.float16, 1), (np.float64, 1), (">f4", 1), (">f8", 1),
+    ],
+)  # fmt: skip
+def test_arrays_of_every_type_keep_their_shades(kind: Any, white: int, tmp_path: Path) -> None:
+    shades = np.tile(np.linspace(0, 1, 6).round(0 if kind is bool else 3), (4, 6, 1))
+    x, y = (shades * white).astype(kind), np.arange(4).astype(">i2")
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    setup = config(data={"name": "arrays", "root": str(tmp_path / "a.npz")})
+    inputs, targets = everything(data.build(setup).eval_loader(setup, rank()))
+    assert np.allclose(inputs[:, 0], shades, atol=1 / 254)
+    assert targets.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.full((4, 2, 2), 256), "int64 from 256 to 256"),
+        (np.full((4, 2, 2), -1, np.int32), "int32 from -1 to -1"),
+        (np.full((4, 2, 2), 200, np.uint16), "uint16 from 200 to 200"),
+    ],
+)
+def test_arrays_whose_white_is_not_known_are_refused(array: np.ndarray, told: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x_train=array, y_train=np.arange(4))
+    with pytest.raises(UserError, match=f"a.npz: the images are {told}, .* store them as uint8"):
+        open_source("arrays", str(tmp_path / "a.npz"), True, {})
+
+
+def test_a_renamed_array_file_is_read_or_told(npz: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", np.ones((3, 4, 4), np.uint8))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    with pytest.raises(UserError, match=r"data.root: .*one.npz holds one array .* data.args.images"):
+        open_source("arrays", str(tmp_path / "one.npz"), True, {})
+    npz.rename(tmp_path / "many.npy")
+    with pytest.raises(UserError, match=r"data.args: .*many.npy is an .npz file of x_train, .* data.root"):
+        open_source("arrays", str(tmp_path), True, {"images": "many.npy", "labels": "many.npy"})
+    assert len(open_source("arrays", str(tmp_path / "many.npy"), True, {})) == 90
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("x_train", "text")
+        archive.writestr("y_train", "text")
+    with pytest.raises(UserError, match=r"other.npz is no NumPy file .*'x_train' is no array"):
+        open_source("arrays", str(tmp_path / "other.npz"), True, {})
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (
+            np.array([[0], [1], [2]]),
+            r"training set, the label of sample 0 has the shape \[1\], .* labels\[:, 0\]",
+        ),
+        (np.eye(3, dtype=np.int64), r"the label of sample 0 has the shape \[3\], .* labels.argmax\(1\)"),
+        (
+            np.array([0.0, 1.0, 2.0]),
+            "the label of sample 0 is the fraction 0, not the whole number of a class",
+        ),
+    ],
+    ids=["[N, 1]", "one-hot", "fractions"],
+)
+def test_labels_in_an_npz_file_that_are_no_class_numbers_are_told(
+    labels: np.ndarray, told: str, tmp_path: Path
+) -> None:
+    x = np.zeros((3, 4, 4), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=labels, x_test=x, y_test=labels)
+    with pytest.raises(UserError, match=told):
+        data.build(config(data={"name": "arrays", "root": str(tmp_path / "a.npz")}))
+
+
+class Pairs(list[Any]):
+    """A data set of one's own."""
+
+    classes = ("a", "b", "c")
+
+
+def labelled(*labels: Any) -> Pairs:
+    return Pairs((torch.zeros(1, 2, 2), label) for label in labels)
+
+
+def in_memory(*labels: int) -> data.images.InMemory:
+    return data.images.InMemory(torch.zeros(len(labels), 1, 2, 2), torch.tensor(labels), ["a", "b", "c"])
+
+
+def test_a_label_beyond_the_classes_is_told_at_the_start_where_labels_are_at_hand() -> None:
+    good, bad = in_memory(0, 1, 2), in_memory(0, 1, 3)
+    for sets, part in (((bad, good), "training"), ((good, bad), "evaluation")):
+        told = f"in the {part} set, the label of sample 2 is 3, but the 3 classes are numbered from 0"
+        with pytest.raises(UserError, match=told):
+            data.build(config(), *sets)
+    with pytest.raises(UserError, match="sample 2 is 3"):
+        data.build(config(data={"target_transform": "one_hot"}), bad, good)
+    kept = torch.utils.data.Subset(bad, [0, 1])  # without the bad one
+    kept.classes = good.classes  # type: ignore[attr-defined]
+    assert len(data.build(config(), kept, good).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "told"),
+    [
+        (3, {}, "is 3, but the 3 classes"),
+        (np.int32(3), {}, "is 3, but the 3 classes"),
+        (torch.tensor(-1), {}, "is -1, but the 3 classes"),
+        (0.5, {}, "is '0.5' .float., not the whole number"),
+        ("a", {}, "is 'a' .str., not the whole number"),
+        (torch.tensor([1]), {}, r"has the shape \[1\]"),
+        (torch.tensor([1.0, 0.0]), {}, r"has the shape \[2\]"),
+        (3, {"target_transform": "one_hot"}, "is 3, but the 3 classes"),
+        (1, {"target_transform": "operator:neg"}, "is -1, but the 3 classes"),
+        (3, {"task": "mine:Task"}, "is 3, but the 3 classes"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_any_other_label_that_cannot_be_is_told_by_the_loader(
+    label: Any, options: dict[str, str], told: str, workers: int
+) -> None:
+    options = dict(options)
+    task = options.pop("task", "classification")
+    setup = config(data={"workers": workers, "shuffle": False, **options}, task={"name": task})
+    sets = data.build(setup, labelled(*[0] * 9, label), labelled(0))
+    with pytest.raises(UserError, match=f"data: the label of sample 9 {told}"):
+        for batch in sets.train_loader(setup, rank(), 0, 2):
+            batch.to(torch.device("cpu"))
+
+
+def test_labels_of_any_whole_type_are_class_numbers_and_a_task_of_ones_own_gets_its_own() -> None:
+    for label in (1, True, np.uint8(1), np.int32(1), torch.tensor(1, dtype=torch.int32), torch.tensor(True)):
+        setup = config(data={"workers": 0})
+        sets = data.build(setup, labelled(label, label), labelled(0))
+        assert everything(sets.train_loader(setup, rank(), 0, 1))[1].dtype == torch.int64
+    setup = config(data={"workers": 0, "shuffle": False}, task={"name": "mine:Task"})
+    for label in (-100, 2.5, torch.tensor([4.0, 5.0])):
+        sets = data.build(setup, labelled(label), labelled(0))
+        assert everything(sets.train_loader(setup, rank(), 0, 1))[1].tolist() == [
+            label.tolist() if isinstance(label, torch.Tensor) else label
+        ]
+
+
+def test_what_is_no_map_style_data_set_of_pairs_is_told() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            yield torch.zeros(1, 2, 2), 0
+
+    for source in (Stream(), iter([])):
+        with pytest.raises(UserError, match=r"training set \(.*\) has no samples by number; a map-style one"):
+            data.build(config(), source, labelled(0))
+    with pytest.raises(UserError, match=r"evaluation set \(Stream\)"):
+        data.build(config(), labelled(0), Stream())
+    with pytest.raises(UserError, match=r"data: sample 0 is a dict, not a pair \(image, label\)"):
+        data.build(config(), Pairs([{"image": 1, "label": 0}]), labelled(0))
+    named = config(data={"workers": 0}, task={"name": "mine:Task"})
+    sets = data.build(named, labelled("cat"), labelled(0))
+    with pytest.raises(UserError, match="data: a target is of type str; make it a number"):
+        everything(sets.train_loader(named, rank(), 0, 1))
 
 
 @pytest.mark.parametrize(

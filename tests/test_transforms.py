@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from dist_train import data
@@ -156,6 +157,63 @@ def test_a_transform_that_is_written_wrong_is_told_with_its_place(written: list[
         ImageTransform(written, where="data.eval_transform")
     assert str(caught.value).startswith("data.eval_transform[0]")
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[{"RandomErasing": {"p": 1.0, "inplace": True}}], ["own_inplace:darken"], [{"Normalize": "inplace"}]],
+    ids=["torchvision's", "ones own", "normalization"],
+)
+def test_a_transform_that_works_in_place_does_not_reach_the_data_set(
+    steps: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_inplace.py").write_text(
+        "def darken(image):\n    image *= 0\n    return image\n"
+        "def zero(label):\n    label *= 0\n    return label\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    if steps == [{"Normalize": "inplace"}]:
+        steps = [{"Normalize": {"mean": [0.5], "std": [0.5], "inplace": True}}]
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+    pairs = [(image, label) for image, label in zip(images.clone(), labels.clone(), strict=True)]
+    for source in (data.images.InMemory(images.clone(), labels.clone(), ["a", "b", "c"]), Own(pairs)):
+        setup = config(
+            data={"train_transform": steps, "target_transform": "own_inplace:zero", "workers": 0},
+            train={"epochs": 2, "batch_size": 3},
+        )
+        sets = data.build(setup, source, source)
+        everything(sets.train_loader(setup, rank(), 0, 4))
+        for index in range(6):
+            image, label = source[index]
+            assert torch.equal(image, images[index]) and int(label) == int(labels[index])
+
+
+class Own(list[Any]):
+    """A data set of one's own that gives the same objects each time."""
+
+    classes = ("a", "b", "c")
+
+
+def test_torchvisions_transforms_work_on_arrays_too() -> None:
+    image = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    assert ImageTransform([{"Resize": {"size": [2, 2]}}])(image).shape == (1, 2, 2)
+    flipped = ImageTransform([{"RandomHorizontalFlip": {"p": 1.0}}])(image)
+    assert torch.allclose(flipped[0] * 255, torch.from_numpy(image[:, ::-1].copy()).float())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [(51, torch.uint8, 0.2), (13107, torch.uint16, 0.2), (1, torch.bool, 1.0), (0.2, torch.float64, 0.2)],
+)
+def test_each_type_of_pixels_has_its_white(value: float, kind: torch.dtype, expected: float) -> None:
+    seen = ImageTransform()(torch.full((1, 2, 2), value).to(kind))
+    assert seen.dtype == torch.float32 and torch.allclose(seen, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("image", [torch.ones(1, 2, 2, dtype=torch.int64), Image.new("I", (2, 2)), "a.png"])
+def test_pixels_whose_white_is_not_known_are_refused(image: Any) -> None:
+    with pytest.raises(UserError, match=r"data: an image is of type (int64|int32|str)"):
+        ImageTransform()(image)
 
 
 def test_targets_can_become_vectors_or_whatever_ones_own_function_returns(

@@ -1,7 +1,8 @@
 """Data: from the configuration to the batches of this rank.
 
     sources.py     which samples there are        order.py       which of them a step reads
-    transforms.py  what is done to each           loader.py      fetching them in batches
+    transforms.py  what is done to each           samples.py     the batches made of them
+    labels.py      what a label may be            loader.py      fetching batches ahead of time
 
 `build` is the face of the package.
 """
@@ -10,15 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.loader import Batch, Loader, Samples, make_loader, recorded
+from dist_train.data.loader import Loader, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
+from dist_train.data.samples import Batch, Samples
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.keys import key
@@ -93,7 +96,16 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
         if eval_data is None and not options.eval_fraction:
             eval_data = open_source(options.name, options.root, False, options.args)
     for part, items in (("training", train_data), ("evaluation", eval_data)):
-        if items is not None and len(items) == 0:
+        if items is None:
+            continue
+        if isinstance(items, IterableDataset) or not all(
+            hasattr(items, m) for m in ("__len__", "__getitem__")
+        ):
+            raise UserError(
+                f"data: the {part} set ({type(items).__name__}) has no samples by number; a map-style one is"
+                " needed, with __len__ and __getitem__."
+            )
+        if len(items) == 0:
             raise UserError(f"data: the {part} set of '{options.name}' is empty.")
     classes = [str(name) for name in getattr(train_data, "classes", [])]
     eval_classes = [str(name) for name in getattr(eval_data, "classes", [])]
@@ -118,8 +130,17 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     if options.train_transform is not None:
         training = ImageTransform(options.train_transform, options.mean, options.std)
     skip = options.on_bad_sample == "skip"
-    train = Samples(train_data, training, on_target, config.seed, "replace" if skip else "stop")
-    evaluation = Samples(eval_data, evaluating, on_target, config.seed, "leave out" if skip else "stop")
+    make = partial(
+        Samples,
+        target_transform=on_target,
+        seed=config.seed,
+        classes=len(classes),
+        strict=config.task.name == "classification",
+    )
+    train = make(train_data, training, on_bad="replace" if skip else "stop")
+    evaluation = make(eval_data, evaluating, on_bad="leave out" if skip else "stop")
+    train.check_labels("training")
+    evaluation.check_labels("evaluation")
     read = Samples.readable if skip else Samples.sample
     shape, train_shape = (tuple(read(samples, 0, epoch=0)[0].shape) for samples in (evaluation, train))
     return Data(train, evaluation, classes, shape, train_shape, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from dist_train.config import UserError
+from dist_train.config import UserError, nearest
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's word for so many channels
 
 
 class BadSample(UserError):
@@ -45,7 +49,7 @@ class ImageFiles(Dataset):
     ) -> None:
         # One array of bytes for all paths: a list of millions of objects would be copied into
         # each worker as soon as reference counts are touched.
-        self.paths = np.array([str(path) for path in paths], dtype=np.bytes_)
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.labels = np.asarray(labels)
         self.classes, self.channels = list(classes), channels
 
@@ -54,19 +58,64 @@ class ImageFiles(Dataset):
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
-        return Path(self.paths[index].decode())
+        return Path(os.fsdecode(self.paths[index]))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         return read_image(self.path(index), self.channels), self.labels[index].item()
 
 
 def read_image(path: Path, channels: int = 3) -> torch.Tensor:
-    """An image file as uint8 `[C, H, W]`. Raises BadSample, naming the file, if it is no image."""
+    """An image file as uint8 `[C, H, W]`; 16-bit and floating-point grey ones as float32 from 0 to 1.
+
+    Raises BadSample, naming the file, if it is no image, or none whose white is known.
+    """
+    if channels not in MODES:
+        raise UserError(f"{path}: an image file is read with 1, 3 or 4 channels, not {channels}.")
     try:
         with Image.open(path) as image:
-            return v2.functional.pil_to_tensor(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+            if image.mode == "F" or image.mode.startswith("I"):
+                return _deep(image, channels)
+            if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+                return v2.functional.pil_to_tensor(image.convert("RGBA").convert(MODES[channels]))
+            return v2.functional.pil_to_tensor(image.convert(MODES[channels]))
     except FileNotFoundError:
         raise BadSample(f"{path}: there is no such image file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadSample(f"{path}: not a readable image ({reason}).") from None
+
+
+def _deep(image: Any, channels: int) -> torch.Tensor:
+    """A grey image of more than 8 bits as float32 `[C, H, W]` from 0 to 1; Pillow would cut it at 255.
+
+    Raises ValueError where it isn't known which value is white.
+    """
+    values = np.asarray(image).astype(np.float32)
+    if image.mode == "F":
+        if not ((values >= 0) & (values <= 1)).all():
+            raise ValueError("its floating-point values are not from 0 to 1")
+    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # which older Pillows widen to 32 bits
+        raise ValueError("for 32-bit whole numbers it isn't known which is white; save it with 8 or 16 bits")
+    else:
+        values /= 65535
+    grey = torch.from_numpy(values).unsqueeze(0)
+    return torch.cat([grey] * min(channels, 3) + [torch.ones_like(grey)] * (channels == 4))
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """All image files below a folder, in the order of their names; what is hidden is left out."""
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    return sorted(file for file in found if not any(map(is_hidden, file.relative_to(folder).parts)))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not the user's own, such as .ipynb_checkpoints or a thumbnail's."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
+
+
+def near_path(path: Path) -> str:
+    """` (did you mean 'x'?)`, the name nearest to that of `path` in its folder, or an empty text."""
+    try:
+        return nearest(path.name, [item.name for item in path.parent.iterdir()][:10_000])
+    except OSError:
+        return ""

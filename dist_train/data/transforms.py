@@ -53,6 +53,8 @@ class ImageTransform:
     def geometry(self, image: Any) -> Any:
         """The named transforms alone, before conversion and normalization."""
         for position, step in enumerate(self.steps):
+            if self.names[position]:  # torchvision's pass an array over in silence
+                image = _tensor(image)
             try:
                 image = step(image)
             except (RuntimeError, TypeError, ValueError) as error:
@@ -67,11 +69,25 @@ class ImageTransform:
 
     def to_float(self, image: Any) -> torch.Tensor:
         """Values from 0 to 1, then normalized; a tensor that is float already is only normalized."""
-        tensor = image if isinstance(image, torch.Tensor) else v2.functional.to_image(image)
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-        else:
+        if not isinstance(tensor := _tensor(image), torch.Tensor):
+            try:
+                tensor = v2.functional.to_image(image)
+            except TypeError:
+                raise UserError(
+                    f"data: an image is of type {type(image).__name__}; make it a tensor, an array or a PIL"
+                    " image."
+                ) from None
+        if tensor.dtype == torch.uint8:
             tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
+        elif tensor.is_floating_point() or tensor.dtype == torch.bool:
+            tensor = tensor.float()
+        elif tensor.dtype == torch.uint16:
+            tensor = tensor.float() / 65535
+        else:
+            raise UserError(
+                f"data: an image is of type {str(tensor.dtype).removeprefix('torch.')}, so it isn't known"
+                " which value is white; make it uint8 (255), uint16 (65535), or floats from 0 to 1."
+            )
         tensor = tensor.as_subclass(torch.Tensor)
         if self.mean is not None and self.std is not None:
             if len(self.mean) not in (1, tensor.shape[-3]):
@@ -80,6 +96,19 @@ class ImageTransform:
                 )
             tensor = (tensor - self.mean) / self.std
         return tensor
+
+    def unnormalize(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Values from 0 to 1 again, to be looked at."""
+        if self.mean is None or self.std is None:
+            return tensor
+        return tensor * self.std + self.mean
+
+
+def _tensor(image: Any) -> Any:
+    """An array `[H, W]` or `[H, W, C]` as a tensor `[C, H, W]`; all else is given back."""
+    if not isinstance(image, np.ndarray):
+        return image
+    return v2.functional.to_image(image.astype(image.dtype.newbyteorder("="), copy=False))
 
 
 def seed_sample(seed: int, epoch: int, index: int, everything: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,14 @@ import torch
 
 from dist_train.config import UserError
 
+Cell = tuple[torch.Tensor, str]  # an image [C, H, W] and its title
 
-def write_grid(rows: Sequence[Sequence[tuple[torch.Tensor, str]]], output: Path) -> None:
-    """Draws rows of (image `[C, H, W]`, title). Raises UserError if the file can't be written."""
+
+def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
+    """Draws rows of (image `[C, H, W]`, title). Values are from 0 to 1; a row that goes beyond is scaled.
+
+    Raises UserError for what is no image, and if the file can't be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,19 +30,32 @@ def write_grid(rows: Sequence[Sequence[tuple[torch.Tensor, str]]], output: Path)
     for axis in axes.flat:
         axis.axis("off")
     for line, pictures in zip(axes, rows, strict=True):
-        for axis, (image, title) in zip(line, pictures, strict=False):
-            shown = _unscale(image.nan_to_num()).permute(1, 2, 0).clamp(0, 1).squeeze(-1)
-            axis.imshow(shown.numpy(), cmap="gray" if shown.ndim == 2 else None)
-            axis.set_title(title, fontsize=8)
+        for axis, image, (_, title) in zip(line, _visible(pictures), pictures, strict=False):
+            axis.imshow(image.numpy(), cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
+            axis.set_title(title, fontsize=8, parse_math=False)
     try:
-        figure.savefig(output, format="png", dpi=120)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing"
+            )  # of a title in other letters than the font's
+            figure.savefig(output, format="png", dpi=120)
     except OSError as error:
         raise UserError(f"--output: {output} can't be written: {error.strerror}.") from None
     finally:
         plt.close(figure)
 
 
-def _unscale(image: torch.Tensor) -> torch.Tensor:
-    """Each image's own values from 0 to 1, so that a normalized one can be seen."""
-    low, high = image.min(), image.max()
-    return image if low >= 0 and high <= 1 else (image - low) / (high - low).clamp(min=1e-8)
+def _visible(cells: Sequence[Cell]) -> list[torch.Tensor]:
+    """The images as `[H, W]` or `[H, W, C]` from 0 to 1, by one scale: so they can be compared."""
+    images = [image.nan_to_num(0, 0, 0) for image, _ in cells]
+    for image in images:
+        if image.ndim != 3:
+            raise UserError(
+                f"data: only images [C, H, W] can be drawn, not samples of shape {list(image.shape)}."
+            )
+    low, high = (extreme(torch.stack([extreme(i) for i in images])) for extreme in (torch.min, torch.max))
+    if low >= -0.01 and high <= 1.01:  # rounding
+        low, high = torch.tensor(0.0), torch.tensor(1.0)
+    scaled = [((image - low) / (high - low).clamp(min=1e-8)).clamp(0, 1) for image in images]
+    # Of channels that are no colours, the first one.
+    return [(i if len(i) in (1, 3, 4) else i[:1]).permute(1, 2, 0).squeeze(-1) for i in scaled]

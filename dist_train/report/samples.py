@@ -1,8 +1,11 @@
-"""`dist-train samples`: a picture of training images with class names, before and after augmentation."""
+"""`dist-train samples`: a picture of training images with class names, as read and as the model sees them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dist_train import data
 from dist_train.config import Config
@@ -21,8 +24,19 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
     for first in range(0, len(indices), COLUMNS):
         read, seen = [], []
         for index in indices[first : first + COLUMNS]:
-            image, label = sets.train.source[index]
-            read.append((plain(image), sets.classes[int(label)] if sets.classes else f"{label}"))
-            seen.append((sets.train.sample(index, epoch=0)[0], "augmented"))
+            image, label = sets.train.pair(index)
+            read.append((plain(image), _title(label, sets.classes)))
+            transformed, _ = sets.train.sample(index, epoch=0)
+            seen.append((sets.train.transform.unnormalize(transformed), "as the model sees it"))
         rows += [read, seen]
     write_grid(rows, output)
+
+
+def _title(label: Any, classes: list[str]) -> str:
+    """The class that a label is the number of; else the label itself, which may be anything."""
+    value = label.tolist() if hasattr(label, "tolist") else label
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and 0 <= value < len(classes):
+        return classes[value]
+    return f"{list(label.shape)}" if isinstance(label, torch.Tensor) and label.ndim else str(value)[:20]
