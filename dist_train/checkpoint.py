@@ -1,6 +1,6 @@
 """Checkpoints: one file that rank 0 writes, atomically and behind the loop's back, and that can be trusted.
 
-A file is a dict of state_dicts, the step, the resolved configuration and a format version, saved by
+A file is a dict of state_dicts, the step, the configuration and a format version, saved by
 torch.save; its zip container holds a CRC-32 of each tensor, so that a truncated or altered file is
 recognized. Loading never runs code from a file (`weights_only=True`).
 """

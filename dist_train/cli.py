@@ -6,13 +6,15 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dist_train import __version__
 from dist_train.config import RunError, UserError, load_words
+from dist_train.config.schema import all_keys
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
 
@@ -35,6 +37,7 @@ Configs = Annotated[
 def main() -> None:
     """Runs the command line. A mistake of the user's is one sentence from rank 0, and exit code 2."""
     try:
+        _refuse_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
         if _is_main() or not error.everywhere:
@@ -60,7 +63,7 @@ def train(
 
     before_training()
     with launcher_watched():
-        config = load_words(arguments)
+        config = load_words(arguments, _say)
         from dist_train.train import fit
 
     result = fit(config, allow_changes=allow_changes, started=BEGAN)
@@ -103,16 +106,16 @@ def predict(
 
 @app.command()
 def config(arguments: Configs) -> None:
-    """Print the resolved configuration."""
+    """Print the configuration that the files and arguments give."""
     from dist_train.config import to_yaml
 
-    print(to_yaml(load_words(arguments)), end="")
+    print(to_yaml(load_words(arguments, _say)), end="")
 
 
 @app.command()
 def summary(arguments: Configs) -> None:
     """Print the model's layers with shapes, parameters and multiply-adds."""
-    config = load_words(arguments)
+    config = load_words(arguments, _say)
     from dist_train.report.summary import summarize
 
     summarize(config)
@@ -125,7 +128,7 @@ def samples(
     count: Annotated[int, typer.Option(min=1, max=200, help="How many images.")] = 16,
 ) -> None:
     """Draw training images with their class names, as they are read and as the model sees them."""
-    config = load_words(arguments)
+    config = load_words(arguments, _say)
     from dist_train.report.samples import draw
 
     draw(config, output, count)
@@ -157,7 +160,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Chooses where it is killed.")] = 0,
 ) -> None:
     """Prove on your own job that a killed run ends as an undisturbed one, bit for bit."""
-    config = load_words(arguments)
+    config = load_words(arguments, _say)
     import tempfile
 
     from dist_train.verify import verify
@@ -193,7 +196,7 @@ def submit(
         "partition": partition,
         "account": account,
     }
-    config = load_words(words)
+    config = load_words(words, _say)
     from dist_train import submit as submission
 
     command = submission.command(config, words, options, further)
@@ -267,6 +270,29 @@ def _version(
     if version:
         print(__version__)
         raise typer.Exit
+
+
+def _refuse_keys_as_options(words: Sequence[str]) -> None:
+    """Raises UserError for `--lr 0.1`, as other programs have it, where the key optim.lr is meant."""
+    if not any(word.startswith("--") for word in words) or words[0] == "submit":
+        return  # whose further options are sbatch's
+    commands: dict[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    params = getattr(commands.get(words[0]), "params", [])
+    known = {"--help", *(name for param in params for name in [*param.opts, *param.secondary_opts])}
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if word.startswith("--") and option not in known:
+            for key in all_keys():
+                if name in (key, key.rpartition(".")[2]):
+                    value = value if equals else "VALUE" if following.startswith("-") else following
+                    raise UserError(f"there is no option '{option}'; write {key}={value}.")
+
+
+def _say(text: str) -> None:
+    """Prints a line to stderr, from rank 0."""
+    if _is_main():
+        print(text, file=sys.stderr)
 
 
 def _is_main() -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_train import checkpoint, models, optim
 from dist_train import task as tasks
-from dist_train.config import Config, UserError, from_mapping, to_mapping
+from dist_train.config import Config, UserError, completed, to_mapping
 from dist_train.data import Data, first_targets
 from dist_train.keys import key
 from dist_train.meters import Best
@@ -136,7 +136,7 @@ def restore(
     """
     saved = checkpoint.load(path, verified=True)
     own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
-    before = to_mapping(from_mapping(saved["config"]))  # with the keys that are new since then
+    before = completed(saved["config"])  # with the keys that are new since then
     differences = list(changes(before, to_mapping(config)))
     harmful = [change for change in differences if not is_harmless(change)]
     if harmful and own and not allow_changes:

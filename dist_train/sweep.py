@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from omegaconf import OmegaConf
 
-from dist_train.config import UserError, load_words, nearest
+from dist_train.config import UserError, is_override, load_words, nearest
 from dist_train.keys import key
 
 FILE_KEYS = (
@@ -64,10 +64,13 @@ class Task:
     def arguments(self) -> list[str]:
         """The arguments of `dist-train train`, config files first."""
         named = [f"run.name={self.sweep}-{self.number}", f"wandb.group={self.sweep}"]
-        last = {
-            word.partition("=")[0]: word for word in [*self.words, *self.overrides, *named] if "=" in word
-        }
-        return [*(word for word in self.words if "=" not in word), *last.values()]
+        last: dict[str, str] = {}
+        for word in filter(is_override, [*self.words, *self.overrides, *named]):
+            key = word.partition("=")[0]
+            if f"~{key}" in last:
+                last.pop(key, None)  # to stand behind it
+            last[key] = word
+        return [*(word for word in self.words if not is_override(word)), *last.values()]
 
     def check(self) -> None:
         """Raises UserError if the configuration refuses this task."""

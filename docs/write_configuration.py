@@ -30,13 +30,21 @@ dist-train config configs/quickstart.yaml optim.lr=0.1 'data.train_transform=[Ra
 ```
 
 - Keys are written with dots on the command line (`optim.lr=0.1`) and as sections in YAML files.
-- `null` empties a key: `train.epochs=null train.steps=1000`.
-- `${...}` refers to another key: `eval.batch_size='${train.batch_size}'`.
+- `null` empties a key, `{}` a mapping (`model.args={}`), and `~` takes away what a file set:
+  `~model.args.weights` deletes the argument, `~optim.lr` gives the key its default again.
+- Mappings are merged. But a later file, or the arguments, that give a section another `name` drop the
+  `args` of the former name, and a line says so: `model.name=my:net` on a recipe for `resnet18` leaves no
+  `weights` behind. Arguments that stand beside the new name stay; `data.root` stays, too. In the same way
+  a later `train.steps` takes the place of an earlier `train.epochs`; both in one place are a mistake.
+- `${...}` refers to another key: `eval.batch_size='${train.batch_size}'`. `${oc.env:NAME}` is read from the
+  environment when the program starts. What is recorded or printed (`config.yaml`, checkpoints, W&B's
+  configuration, `dist-train config`, changes on going on, mistakes) has it as it is written, so that no
+  secret gets out. That the environment stays the same from one attempt to the next is up to you.
 - A mistake is answered by one sentence that names the file or argument, the key, and often the right key.
   The exit code is 2.
 - `package.module:object` is imported; the current folder is searched too.
 - An interval is `500` (optimizer steps), `2 epochs`, `10 minutes` or `never`.
-- The resolved configuration is written to `config.yaml` in the run's folder. It is a configuration like
+- The configuration is written to `config.yaml` in the run's folder. It is a configuration like
   any other: `dist-train train runs/quickstart/config.yaml run.name=again` repeats a run.
 
 <!-- exit code: 2 -->

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,3 +183,208 @@ def test_the_configuration_is_made_of_plain_dataclasses() -> None:
     assert type(config) is Config
     assert type(config.optim.args["betas"]) is list
     assert dataclasses.replace(config, seed=5).seed == 5
+
+
+# --- later sources ------------------------------------------------------------------------------------
+
+
+def said_by(paths: list[Path], words: list[str]) -> tuple[Config, list[str]]:
+    said: list[str] = []
+    return load(paths, words, said.append), said
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new", "args"),
+    [
+        ("model", "resnet18", "my:net", {"weights": "DEFAULT"}),
+        ("optim", "SGD", "AdamW", {"momentum": 0.9}),
+        ("schedule", "one_cycle", "cosine", {"rise": 0.2}),
+        ("task", "classification", "my:Task", {"label_smoothing": 0.1}),
+        ("data", "csv", "image_folder", {"annotations_file": "a.csv"}),
+    ],
+)
+def test_a_name_that_is_changed_drops_the_arguments_of_the_former_and_says_so(
+    section: str, old: str, new: str, args: dict[str, object], tmp_path: Path
+) -> None:
+    text = to_yaml(from_mapping({"train": {"epochs": 1}, section: {"name": old, "args": args}}))
+    file = write(tmp_path / "a.yaml", text)
+    config, said = said_by([file], [f"{section}.name={new}"])
+    assert (get(config, f"{section}.name"), get(config, f"{section}.args")) == (new, {})
+    (line,) = said
+    for word in (f"{section}.name", old, new, *args):
+        assert word in line
+    other = write(tmp_path / "b.yaml", f"{section}: {{name: '{new}'}}")
+    assert said_by([file, other], [])[0] == config
+    same, nothing = said_by([file], [f"{section}.name={old}"])
+    assert (get(same, f"{section}.args"), nothing) == (args, [])
+
+
+def test_arguments_that_come_with_the_new_name_stay_in_any_order(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "a.yaml",
+        "train: {epochs: 1}\ndata: {root: x}\nmodel: {name: resnet18, args: {weights: DEFAULT}}",
+    )
+    words = ["model.args.width=3", "model.name=my:net", "data.name=csv"]
+    for order in (words, words[::-1]):
+        config, _ = said_by([file], order)
+        assert (config.model.args, config.data.root) == ({"width": 3}, "x")
+
+
+def test_an_empty_mapping_clears_and_a_tilde_takes_a_key_away(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "a.yaml",
+        "train: {epochs: 3}\nmodel: {args: {hidden: [3], deep: {one: 1, two: 2}}}\noptim: {lr: 0.5}",
+    )
+    assert load([file], ["model.args={}"]).model.args == {}
+    assert load([file], ["model.args={}", "model.args.dropout=0.1"]).model.args == {"dropout": 0.1}
+    assert load([file, write(tmp_path / "b.yaml", "model: {args: {}}")]).model.args == {}
+    assert load([file, write(tmp_path / "c.yaml", "model: {}")]).model.args != {}
+    assert load([file], ["model.args.deep={}"]).model.args == {"hidden": [3], "deep": {}}
+    assert load([file], ["~model.args.hidden"]).model.args == {"deep": {"one": 1, "two": 2}}
+    assert load([file], ["~model.args.deep.one"]).model.args["deep"] == {"two": 2}
+    assert load([file], ["model.name=cnn", "~model.args.hidden"]).model.args == {}
+    assert load([file], ["model.args.x=1", "~model.args.x"]) == load([file])
+    assert load([file], ["~optim.lr"]).optim.lr == Config().optim.lr
+    assert load([file], ["~optim"]).optim == Config().optim
+    with pytest.raises(UserError, match=r"'~model.args.hiden': .*did you mean 'model.args.hidden'"):
+        load([file], ["~model.args.hiden"])
+    with pytest.raises(UserError, match=r"'~modl': .*"):
+        load([file], ["~modl"])
+
+
+def test_words_with_a_tilde_are_overrides_in_every_command(
+    tmp_path: Path, cli: Callable[..., Finished]
+) -> None:
+    write(tmp_path / "a.yaml", "train: {epochs: 3}\nmodel: {args: {hidden: [3]}}")
+    write(tmp_path / "sweep.yaml", "method: grid\nparameters: {seed: {values: [1, 2]}}")
+    shown = cli("config", "~model.args.hidden", "a.yaml")
+    assert shown.rc == 0 and "hidden" not in shown.out, shown
+    submitted = cli("submit", "a.yaml", "~model.args.hidden", "--dry-run")
+    assert submitted.out.rstrip().endswith("'~model.args.hidden'"), submitted
+    task = cli("sweep", "sweep.yaml", "a.yaml", "~model.args.hidden", "--task", 0)
+    assert task.out.splitlines()[:2] == ["a.yaml", "~model.args.hidden"], task
+
+
+def test_the_length_of_the_run_is_what_a_later_source_says(tmp_path: Path) -> None:
+    epochs = write(tmp_path / "epochs.yaml", "train: {epochs: 3}")
+    steps = write(tmp_path / "steps.yaml", "train: {steps: 7}")
+
+    def length(*files: Path, words: tuple[str, ...] = ()) -> tuple[int | None, int | None]:
+        train = load(files, words).train
+        return train.epochs, train.steps
+
+    assert length(epochs, words=("train.steps=1",)) == (None, 1)
+    assert length(steps, words=("train.epochs=2",)) == (2, None)
+    assert (length(epochs, steps), length(steps, epochs)) == ((None, 7), (3, None))
+    assert length(epochs, words=("train.steps=null",)) == (3, None)
+    with pytest.raises(UserError, match="both set"):
+        length(words=("train.steps=1", "train.epochs=1"))
+
+
+def test_an_option_that_is_a_key_is_answered_with_the_key(cli: Callable[..., Finished]) -> None:
+    for words in (["--lr", "0.1"], ["--lr=0.1"], ["--optim.lr", "0.1"]):
+        result = cli("train", *words)
+        assert (result.rc, result.out) == (2, "")
+        option = words[0].partition("=")[0]
+        assert result.err == f"dist-train: there is no option '{option}'; write optim.lr=0.1.\n"
+    assert "No such option" in cli("train", "--xyz").err
+
+
+# --- interpolations -----------------------------------------------------------------------------------
+
+SECRET = "a3Tu9-very-secret"
+
+
+def test_what_comes_from_the_environment_is_used_but_recorded_as_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOKEN", SECRET)
+    config = load(
+        [],
+        [
+            "train.epochs=1",
+            "wandb.notes=${oc.env:TOKEN}",
+            "data.args.token=${oc.env:TOKEN}",
+            "data.args.header=Bearer ${data.args.token}",
+            "data.args.list=[a,'${oc.env:TOKEN}']",
+            "model.args=${data.args}",
+            "eval.batch_size=${train.batch_size}",
+        ],
+    )
+    assert config.data.args == {"token": SECRET, "header": f"Bearer {SECRET}", "list": ["a", SECRET]}
+    assert config.model.args == config.data.args
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name="again"))
+    recorded = to_mapping(config)
+    assert recorded["wandb"]["notes"] == "${oc.env:TOKEN}"
+    assert recorded["data"]["args"]["header"] == "Bearer ${data.args.token}"
+    assert recorded["data"]["args"]["list"] == ["a", "${oc.env:TOKEN}"]
+    assert recorded["eval"]["batch_size"] == 64  # no secret, so a number that programs can read
+    assert recorded["run"]["name"] == "again"
+    assert pickle.loads(pickle.dumps(config)).written == config.written
+    for text in (str(recorded), to_yaml(config), repr(dataclasses.asdict(Config()))):
+        assert SECRET not in text
+    again = from_mapping(recorded)
+    assert (again, to_mapping(again)) == (config, recorded)
+    other = dataclasses.replace(config, wandb=dataclasses.replace(config.wandb, notes="mine"))
+    assert to_mapping(other)["wandb"]["notes"] == "mine"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "seed=${oc.env:TOKEN}",
+        "run.name=../${oc.env:TOKEN}",
+        "precision=${oc.env:TOKEN}",
+        "eval.every=${oc.env:TOKEN}",
+        "checkpoint.best=${oc.env:TOKEN}",
+        "stop_after=${oc.env:TOKEN}",
+        "data.mean=['${oc.env:TOKEN}']",
+    ],
+)
+def test_a_mistake_shows_what_was_written_and_not_the_secret(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", SECRET)
+    with pytest.raises(UserError) as caught:
+        load([], ["train.epochs=1", word])
+    assert SECRET not in str(caught.value)
+    assert "${oc.env:TOKEN}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "a/" + "ä" * 200, "a\0b", "a\x1b[31mb", ".", "./.", " ", "/tmp/x", "a/../b", "a\nb"]
+)
+def test_a_name_that_can_be_no_folder_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"'run\.name' must be a folder's name") as caught:
+        from_mapping({"train": {"epochs": 1}, "run": {"name": name}})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+    with pytest.raises(UserError, match=r"'data\.root'"):
+        from_mapping({"train": {"epochs": 1}, "data": {"root": "a\0b"}})
+
+
+@pytest.mark.parametrize(
+    "values", [{1: 2}, {"model": {"args": {"x": object()}}}, {"a": {"b": "${a}"}}, {"wandb": {"notes": "${"}}]
+)
+def test_whatever_a_mapping_holds_a_mistake_is_a_sentence(values: dict[object, object]) -> None:
+    with pytest.raises(UserError):
+        from_mapping({"train": {"epochs": 1}} | values)  # type: ignore[dict-item]
+
+
+def test_a_secret_is_in_no_file_of_a_run_and_the_run_goes_on(
+    here: Callable[..., Any], small: list[str], npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / SECRET).mkdir()
+    npz.rename(tmp_path / SECRET / npz.name)
+    monkeypatch.setenv("TOKEN", SECRET)
+    words = [*small, f"data.root={tmp_path}/${{oc.env:TOKEN}}/{npz.name}"]
+    result = here(*words, "log.batches=true")
+    for file in (path for path in result.folder.rglob("*") if path.is_file()):
+        assert SECRET.encode() not in file.read_bytes(), file
+    assert "${oc.env:TOKEN}" in (result.folder / "config.yaml").read_text()
+    assert here(*words, "train.steps=14").step == 14
+    log = (result.folder / "log.txt").read_text()
+    assert "changed: train.steps: 12 -> 14" in log
+    assert "data.root" not in log
+    with pytest.raises(UserError, match=r"data\.args: .* .*oc\.env:TOKEN"):
+        here(*words, "data.args.classes=[a,'${oc.env:TOKEN}',c]")

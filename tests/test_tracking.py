@@ -133,11 +133,21 @@ def test_a_run_whose_folder_is_deleted_under_way_stops_at_once(
 def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
     npz: Path, tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
-    """With a key in the environment too: mode=offline uploads nothing, and no file may hold the key."""
-    secrets = {**SECRETS, "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
+    """With a key in the environment too: mode=offline uploads nothing, and no file may hold the key.
+
+    Nor what the configuration takes from the environment: it is recorded as it is written there.
+    """
+    (tmp_path / "hidden-place").mkdir()
+    npz.rename(tmp_path / "hidden-place" / npz.name)
+    secrets = {
+        "PLACE": "hidden-place",
+        **SECRETS,
+        "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    }
     options = ["wandb.mode=offline", "wandb.group=g1", "wandb.tags=[a,b]", "wandb.project=p1"]
     for steps in (6, 12):  # two attempts of one run
-        finished = cli(*TRAIN, f"data.root={npz}", *options, f"train.steps={steps}", env=secrets)
+        root = f"data.root=${{oc.env:PLACE}}/{npz.name}"
+        finished = cli(*TRAIN, root, *options, f"train.steps={steps}", env=secrets)
         assert finished.rc == 0, finished
     run = tmp_path / "runs" / "run"
     files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
@@ -149,7 +159,7 @@ def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
     )
     text = json.dumps([first, second])
     assert "g1" in text and "p1" in text
-    assert "batch_size" in text
+    assert "batch_size" in text and "${oc.env:PLACE}" in text
     for records, steps in ((first, [3, 6, 6]), (second, [9, 12, 12])):
         rows = [record["history"]["item"] for record in records if "history" in record]
         assert [row["step"] for row in rows] == steps

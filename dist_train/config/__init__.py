@@ -4,7 +4,15 @@ Imports nothing else of ours, and not torch: a typo is reported before anything 
 """
 
 from dist_train.config.errors import RunError, UserError, nearest
-from dist_train.config.load import from_mapping, load, load_words, to_mapping, to_yaml
+from dist_train.config.load import (
+    completed,
+    from_mapping,
+    is_override,
+    load,
+    load_words,
+    to_mapping,
+    to_yaml,
+)
 from dist_train.config.objects import GIVEN, construct, given_name, import_object
 from dist_train.config.schema import Config, Every, get, parse_seconds
 
@@ -14,11 +22,13 @@ __all__ = [
     "Every",
     "RunError",
     "UserError",
+    "completed",
     "construct",
     "from_mapping",
     "get",
     "given_name",
     "import_object",
+    "is_override",
     "load",
     "load_words",
     "nearest",

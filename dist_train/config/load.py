@@ -5,61 +5,156 @@ A message names the file or the argument, the full key, what is wrong, and the n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from dist_train.config import interpolation
 from dist_train.config.errors import UserError, nearest
-from dist_train.config.schema import Config, Every, all_keys, each_field, get, parse_seconds
+from dist_train.config.schema import Config, all_keys
+from dist_train.config.values import check_type, check_values, leaves
+
+Say = Callable[[str], None]
+# What one source sets: values, or the full key that it takes away; and the words that messages call it by.
+Part = tuple[DictConfig | str, str]
 
 
-def load(paths: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """The configuration from YAML files and `key=value` arguments, later ones winning.
+def load(
+    paths: Iterable[str | Path] = (), overrides: Iterable[str] = (), say: Say = lambda text: None
+) -> Config:
+    """The configuration from YAML files and `key=value` or `~key` arguments, later ones winning.
+
+    Args:
+        say: hears of arguments that are dropped because a later source has another name for their object.
 
     Raises UserError for whatever is wrong with any of them.
     """
     files = [Path(path) for path in paths]
     name = files[0].stem if files else "run"
-    return _load([(_read_yaml(file), str(file)) for file in files], overrides, name)
+    sources = [[(_read_yaml(file), str(file))] for file in files]
+    return _load([*sources, _read_overrides(overrides)], name, say)
 
 
-def load_words(words: Iterable[str]) -> Config:
-    """The configuration from the words of a command line: files are those without a `=`, in any place."""
+def load_words(words: Iterable[str], say: Say = lambda text: None) -> Config:
+    """The configuration from the words of a command line: files are those that are no overrides."""
     words = list(words)
-    return load([word for word in words if "=" not in word], [word for word in words if "=" in word])
+    return load([w for w in words if not is_override(w)], [w for w in words if is_override(w)], say)
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command line is `key=value` or `~key`, and no file."""
+    return "=" in word or word.startswith("~")
 
 
 def from_mapping(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
     """The configuration from nested dicts, as `fit` takes them and a checkpoint holds them."""
-    return _load([(OmegaConf.create(dict(values)), "config")], overrides, "run")
+    return _load([[(_read_mapping(values), "config")], _read_overrides(overrides)], "run")
 
 
-def _load(sources: list[tuple[DictConfig, str]], overrides: Iterable[str], name: str) -> Config:
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that are new since then; nothing in it is resolved."""
+    merged, _ = _merged([[(_read_mapping(values), "config")]])
+    return OmegaConf.to_container(merged, resolve=False)  # type: ignore[return-value]
+
+
+def _load(sources: Sequence[Sequence[Part]], name: str, say: Say = lambda text: None) -> Config:
+    merged, origin = _merged(sources, say)
+    if _look(merged, "run.name") in (None, ""):
+        merged.run.name = name
+    return _finish(merged, origin)
+
+
+def _merged(
+    sources: Sequence[Sequence[Part]], say: Say = lambda text: None
+) -> tuple[DictConfig, dict[str, str]]:
+    """All sources on top of each other, unresolved; and which file or argument set each key last."""
     config = OmegaConf.structured(Config)
-    origin: dict[str, str] = {}  # full key -> the file or argument that set it last
-    for values, where in sources:
-        config = _merge(config, values, where, origin)
-    for argument in overrides:
-        config = _merge(config, _read_override(argument), f"argument '{argument}'", origin)
-    config.run.name = config.run.name or name
-    return _finish(config, origin)
+    origin: dict[str, str] = {}
+    for source in sources:
+        before = config.copy()
+        _make_way(config, source, say)
+        for part, where in source:
+            if isinstance(part, str):
+                _take_away(config, part, before, where)
+                origin[part] = where
+            else:
+                config = _merge(config, part, where, origin)
+    return config, origin
+
+
+NAMED = ("data", "model", "task", "optim", "schedule")  # sections of a name and its arguments
+
+
+def _make_way(config: DictConfig, source: Sequence[Part], say: Say) -> None:
+    """Takes back what can't stay beside what `source` sets: a former name's arguments, another length."""
+    held: Any = OmegaConf.to_container(config, resolve=False)
+    for section in NAMED:
+        key, old, args = f"{section}.name", held[section]["name"], held[section]["args"]
+        names = [(new, where) for values, where in source if (new := _look(values, key)) not in (None, old)]
+        if names and args:
+            new, where = names[-1]
+            config[section].args = {}
+            shown = ", ".join(map(str, args)) if isinstance(args, dict) else args
+            say(f"{where}: {key} is '{new}' now: the arguments of '{old}' are dropped ({shown}).")
+    lengths = ("epochs", "steps")
+    given = [
+        name for name in lengths if any(_look(values, f"train.{name}") is not None for values, _ in source)
+    ]
+    if len(given) == 1:
+        config.train["steps" if given == ["epochs"] else "epochs"] = None
+
+
+def _look(values: DictConfig | str, key: str) -> Any:
+    """The unresolved value of a full key in what a source sets, or None."""
+    try:
+        return interpolation.look(OmegaConf.to_container(values, resolve=False), tuple(key.split(".")))
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _take_away(config: DictConfig, key: str, before: DictConfig, where: str) -> None:
+    """Gives a key its default again; one that has none, an argument, is deleted."""
+    defaults = OmegaConf.structured(Config)
+    place = tuple(key.split("."))
+    *above, name = place
+    try:
+        interpolation.put(config, place, interpolation.look(defaults, place))
+        return
+    except (LookupError, OmegaConfBaseException):
+        pass  # none of ours
+    known = [*all_keys()]
+    for values in (config, before):  # one that made way for another name is as good as deleted
+        plain = OmegaConf.to_container(values, resolve=False)
+        args = [".".join(map(str, item)) for item in _places(plain) if "args" in item]
+        if key in args:
+            if values is config:
+                del interpolation.look(config, tuple(above))[name]
+            return
+        known += args
+    raise UserError(f"{where}: there is no key '{key}' to take away{nearest(key, known)}.")
+
+
+def _places(values: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where there is something in nested dicts."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        yield (*place, str(name))
+        yield from _places(value, (*place, str(name)))
 
 
 def to_mapping(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts of plain values."""
-    return dataclasses.asdict(config)
+    """The configuration as nested dicts of plain values, as it is recorded: see interpolation.py."""
+    return interpolation.unresolved(dataclasses.asdict(config), config.written)
 
 
 def to_yaml(config: Config) -> str:
     """The configuration as YAML that `load` reads back to the same."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -78,6 +173,20 @@ def _read_yaml(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: a config file holds `key: value` lines, this one holds a list or text.")
     return loaded
+
+
+def _read_mapping(values: Mapping[str, Any]) -> DictConfig:
+    try:
+        return OmegaConf.create(dict(values))
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"config: {str(error).splitlines()[0]}.") from None
+
+
+def _read_overrides(arguments: Iterable[str]) -> list[Part]:
+    return [
+        (argument[1:] if argument.startswith("~") else _read_override(argument), f"argument '{argument}'")
+        for argument in arguments
+    ]
 
 
 def _read_override(argument: str) -> DictConfig:
@@ -109,9 +218,10 @@ def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str,
     """`config` with `update` on top; each key of `update` is first held against the dataclasses."""
     values = OmegaConf.to_container(update, resolve=False)
     assert isinstance(values, dict)
-    for key, value, hint in _leaves(values, Config, "", where):
+    for key, value, hint in leaves(values, Config, "", where):
         origin[key] = where
-        _check_type(value, hint, key, where)
+        check_type(value, hint, key, where)
+        _clear(config, tuple(key.split(".")), value)
     try:
         return OmegaConf.merge(config, update)  # type: ignore[return-value]
     except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -120,146 +230,30 @@ def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str,
         raise UserError(f"{where}: {f'{key}: ' if key else ''}{reason}.") from None
 
 
-def _leaves(values: dict[Any, Any], schema: type, prefix: str, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """(full key, value, type hint) of each value that is no section; unknown keys raise UserError."""
-    hints = get_type_hints(schema)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in hints:
-            known = [f"{prefix}{hint}" for hint in hints]
-            near = nearest(key, known) or nearest(str(name), all_keys())
-            raise UserError(f"{where}: there is no key '{key}'{near}.")
-        hint = hints[name]
-        if not isinstance(hint, type) or not is_dataclass(hint):
-            yield key, value, hint
-        elif isinstance(value, dict):
-            yield from _leaves(value, hint, f"{key}.", where)
-        else:
-            inner = ", ".join(f"{key}.{item.name}" for item in fields(hint))
-            raise UserError(f"{where}: '{key}' is a section, so it can't be {value!r}; its keys are {inner}.")
-
-
-NAMES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-    list: "a list",
-}
-
-
-def _check_type(value: Any, hint: Any, key: str, where: str) -> None:
-    if isinstance(value, str) and "${" in value:
-        return  # an interpolation: its value is checked once it is resolved
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    plain = tuple(get_origin(item) or item for item in options)
-    if value is None and type(None) in plain:
-        return
-    if any(_fits(value, item) for item in plain if item is not type(None)):
-        inner = get_args(next((item for item in options if get_origin(item) is list), list))
-        for position, item in enumerate(value if isinstance(value, list) and inner else ()):
-            _check_type(item, inner[0], f"{key}[{position}]", where)
-        return
-    wanted = " or ".join(NAMES[item] for item in plain if item is not type(None))
-    raise UserError(f"{where}: '{key}' must be {wanted}, not {value!r}.")
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if kind is Any or (value is None and kind is Any):
-        return True
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is str:  # YAML reads run.name=001 as a number
-        return isinstance(value, (str, int, float, bool))
-    return isinstance(value, kind)
+def _clear(config: DictConfig, place: interpolation.Place, value: Any) -> None:
+    """Empties each mapping that `value` says is empty: a merge would leave it as it was."""
+    if value == {}:
+        with contextlib.suppress(LookupError, TypeError):
+            interpolation.put(config, place, {})
+    for name, item in value.items() if isinstance(value, dict) else ():
+        _clear(config, (*place, name), item)
 
 
 def _finish(config: DictConfig, origin: dict[str, str]) -> Config:
+    written = interpolation.resolvers(config)
     try:
         OmegaConf.resolve(config)
         result = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key or "")
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = str(getattr(error, "full_key", None) or "")
         reason = str(error).splitlines()[0]
+        place = tuple(key.partition("[")[0].split("."))
+        secret = next((text for where, text in written.items() if where[: len(place)] == place), None)
+        if secret and isinstance(error, ValidationError):  # the reason shows the value
+            reason = f"what {secret!r} stands for does not fit"
         raise UserError(f"{origin.get(key, 'config')}: '{key}': {reason}.") from None
     assert isinstance(result, Config)
-    _check_values(result, origin)
+    plain = dataclasses.asdict(result)
+    result.written = {place: (text, interpolation.look(plain, place)) for place, text in written.items()}
+    check_values(result, origin)
     return result
-
-
-POSITIVE = (
-    "train.batch_size",
-    "train.epochs",
-    "train.steps",
-    "train.accumulate",
-    "log.every",
-    "checkpoint.keep",
-    "eval.batch_size",
-    "threads",
-    "timeout_seconds",
-    "data.prefetch",
-    "max_skips",
-)
-
-
-def _check_values(config: Config, origin: dict[str, str]) -> None:
-    """What types can't tell: choices, ranges, and keys that belong together."""
-
-    def refuse(key: str, why: str) -> None:
-        raise UserError(f"{origin.get(key, 'config')}: '{key}' {why}.")
-
-    for key, item, value in each_field(config):
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            refuse(
-                key,
-                f"can't be {value!r}; choose one of {', '.join(choices)}{nearest(str(value), choices)}",
-            )
-
-    def at_least(key: str, least: float) -> None:
-        value = get(config, key)
-        if value is not None and not value >= least:
-            refuse(key, f"must be at least {least}, not {value}")
-
-    for key in POSITIVE:
-        at_least(key, 1)
-    for key in ("seed", "data.workers", "train.clip_norm", "optim.lr", "watchdog_seconds"):
-        at_least(key, 0)
-    for key in ("train.ema", "data.eval_fraction"):
-        at_least(key, 0)
-        if get(config, key) >= 1:
-            refuse(key, f"must be below 1, not {get(config, key)}")
-    if config.seed >= 2**63:
-        refuse("seed", "must be below 2**63")
-    if not config.train.epochs and not config.train.steps:
-        refuse("train.epochs", "is missing: give the length of the run here or in 'train.steps'")
-    if config.train.epochs and config.train.steps:
-        refuse(
-            "train.steps",
-            "and 'train.epochs' are both set; give one of them, and null for the other",
-        )
-    if len(config.data.mean) != len(config.data.std):
-        refuse("data.std", "and 'data.mean' must have the same number of values, one for each channel")
-    if any(not value > 0 for value in config.data.std):
-        refuse("data.std", "must hold positive numbers")
-    name = config.run.name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not name.strip():
-        refuse("run.name", f"must be a folder's name inside run.dir, not {name!r}")
-    for key in ("eval.every", "checkpoint.every", "schedule.warmup"):
-        try:
-            every = Every.parse(get(config, key))
-        except ValueError as error:
-            refuse(key, str(error))
-        if key != "checkpoint.every" and (every.seconds or every.auto):
-            refuse(key, "counts in steps or epochs: time differs from run to run")
-    if config.stop_after is not None:
-        try:
-            parse_seconds(config.stop_after)
-        except ValueError as error:
-            refuse("stop_after", str(error))
-    best = config.checkpoint.best
-    if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
-        refuse("checkpoint.best", f"is written as 'max eval/accuracy' or 'min eval/loss', not {best!r}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import InitVar, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def option(default: Any, doc: str, choices: Sequence[str] = ()) -> Any:
@@ -222,6 +222,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    # What is written at each place that a resolver such as oc.env gave its value, and that value
+    # (interpolation.py). No key, so no field, but dataclasses.replace hands it on.
+    if TYPE_CHECKING:
+        written: dict[tuple[Any, ...], tuple[str, Any]] = field(default_factory=dict)
+    else:
+        written: InitVar = None
+
+    def __post_init__(self, written: Any) -> None:  # type: ignore[override]
+        self.written = written or {}
 
     @property
     def run_dir(self) -> Path:
@@ -281,7 +290,7 @@ class Every:
             if part.strip() in ("never", "0"):
                 continue
             if not match or match[2] not in units or not (match[1] or match[2]):
-                raise ValueError(f"is written as 500, '2 epochs', '10 minutes' or never, not {text!r}")
+                raise ValueError("is written as 500, '2 epochs', '10 minutes' or never")
             unit, count = units[match[2]], int(match[1] or 1)
             found["seconds" if unit in scale else unit] = count * scale.get(unit, 1)
         return cls(**found)
@@ -304,5 +313,5 @@ def parse_seconds(text: str) -> float:
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", str(text))
     total = sum(float(number) * units[unit] for number, unit in parts)
     if not total or re.sub(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", "", str(text)):
-        raise ValueError(f"is written as 3h50m, 45m or '90 s', not {text!r}")
+        raise ValueError("is written as 3h50m, 45m or '90 s'")
     return total

@@ -1,0 +1,173 @@
+"""What a key may hold: its type, and what the type can't tell: choices, ranges, keys that belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dist_train.config.errors import UserError, nearest
+from dist_train.config.schema import Config, Every, all_keys, each_field, get, parse_seconds
+
+
+def leaves(values: dict[Any, Any], schema: type, prefix: str, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """(full key, value, type hint) of each value that is no section; unknown keys raise UserError."""
+    hints = {item.name: get_type_hints(schema)[item.name] for item in fields(schema)}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            known = [f"{prefix}{hint}" for hint in hints]
+            near = nearest(key, known) or nearest(str(name), all_keys())
+            raise UserError(f"{where}: there is no key '{key}'{near}.")
+        hint = hints[name]
+        if not isinstance(hint, type) or not is_dataclass(hint):
+            yield key, value, hint
+        elif isinstance(value, dict):
+            yield from leaves(value, hint, f"{key}.", where)
+        else:
+            inner = ", ".join(f"{key}.{item.name}" for item in fields(hint))
+            raise UserError(f"{where}: '{key}' is a section, so it can't be {value!r}; its keys are {inner}.")
+
+
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+def check_type(value: Any, hint: Any, key: str, where: str) -> None:
+    """Raises UserError for a value that is not of the type of its key."""
+    if isinstance(value, str) and "${" in value:
+        return  # an interpolation: its value is checked once it is resolved
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = tuple(get_origin(item) or item for item in options)
+    if value is None and type(None) in plain:
+        return
+    if any(_fits(value, item) for item in plain if item is not type(None)):
+        inner = get_args(next((item for item in options if get_origin(item) is list), list))
+        for position, item in enumerate(value if isinstance(value, list) and inner else ()):
+            check_type(item, inner[0], f"{key}[{position}]", where)
+        return
+    wanted = " or ".join(NAMES[item] for item in plain if item is not type(None))
+    raise UserError(f"{where}: '{key}' must be {wanted}, not {value!r}.")
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is Any or (value is None and kind is Any):
+        return True
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is str:  # YAML reads run.name=001 as a number
+        return isinstance(value, (str, int, float, bool))
+    return isinstance(value, kind)
+
+
+POSITIVE = (
+    "train.batch_size",
+    "train.epochs",
+    "train.steps",
+    "train.accumulate",
+    "log.every",
+    "checkpoint.keep",
+    "eval.batch_size",
+    "threads",
+    "timeout_seconds",
+    "data.prefetch",
+    "max_skips",
+)
+
+
+NAME_BYTES = 255  # of a file's name, on all common file systems
+
+
+def check_values(config: Config, origin: Mapping[str, str]) -> None:
+    """Raises UserError for what types can't tell: choices, ranges, and keys that belong together.
+
+    Args:
+        origin: full key -> the file or argument that set it.
+    """
+
+    def refuse(key: str, why: str) -> None:
+        raise UserError(f"{origin.get(key, 'config')}: '{key}' {why}.")
+
+    def shown(key: str) -> str:
+        """The value as it was written: what a resolver gave may be a secret."""
+        text, _ = config.written.get(tuple(key.split(".")), (None, None))
+        return repr(get(config, key)) if text is None else repr(text)
+
+    for key, item, value in each_field(config):
+        choices = item.metadata.get("choices")
+        if choices and value not in choices:
+            near = nearest(str(value), choices)
+            refuse(key, f"can't be {shown(key)}; choose one of {', '.join(choices)}{near}")
+
+    def at_least(key: str, least: float) -> None:
+        value = get(config, key)
+        if value is not None and not value >= least:
+            refuse(key, f"must be at least {least}, not {shown(key)}")
+
+    for key in POSITIVE:
+        at_least(key, 1)
+    for key in ("seed", "data.workers", "train.clip_norm", "optim.lr", "watchdog_seconds"):
+        at_least(key, 0)
+    for key in ("train.ema", "data.eval_fraction"):
+        at_least(key, 0)
+        if get(config, key) >= 1:
+            refuse(key, f"must be below 1, not {shown(key)}")
+    if config.seed >= 2**63:
+        refuse("seed", "must be below 2**63")
+    if not config.train.epochs and not config.train.steps:
+        refuse("train.epochs", "is missing: give the length of the run here or in 'train.steps'")
+    if config.train.epochs and config.train.steps:
+        refuse(
+            "train.steps",
+            "and 'train.epochs' are both set; give one of them, and null for the other",
+        )
+    if len(config.data.mean) != len(config.data.std):
+        refuse("data.std", "and 'data.mean' must have the same number of values, one for each channel")
+    if any(not value > 0 for value in config.data.std):
+        refuse("data.std", "must hold positive numbers")
+    if not _is_folder(config.run.name):
+        name = shown("run.name")
+        name = name if len(name) < 100 else f"{name[:60]}...' of {len(config.run.name)} characters"
+        refuse("run.name", f"must be a folder's name inside run.dir, not {name}")
+    for key in ("run.dir", "data.root", "resume"):
+        if "\0" in (get(config, key) or ""):
+            refuse(key, f"must be a path, not {shown(key)}")
+    for key in ("eval.every", "checkpoint.every", "schedule.warmup"):
+        try:
+            every = Every.parse(get(config, key))
+        except ValueError as error:
+            refuse(key, f"{error}, not {shown(key)}")
+        if key != "checkpoint.every" and (every.seconds or every.auto):
+            refuse(key, "counts in steps or epochs: time differs from run to run")
+    if config.stop_after is not None:
+        try:
+            parse_seconds(config.stop_after)
+        except ValueError as error:
+            refuse("stop_after", f"{error}, not {shown('stop_after')}")
+    best = config.checkpoint.best
+    if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
+        wanted = "is written as 'max eval/accuracy' or 'min eval/loss'"
+        refuse("checkpoint.best", f"{wanted}, not {shown('checkpoint.best')}")
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a folder inside another one can have this name; `a/b` is one in a folder of its own."""
+    parts = Path(name).parts
+    return (
+        bool(parts and name.strip())
+        and not Path(name).is_absolute()
+        and ".." not in parts
+        and name.isprintable()  # no line ends, no escape codes, no bytes that are not UTF-8
+        and all(len(part.encode()) <= NAME_BYTES for part in parts)
+    )
