@@ -67,8 +67,14 @@ def predict(
     """
     model, saved = load_model(place, model=model)
     config, shape = from_mapping(saved["config"]), saved["sample_shape"]
-    if config.task.name != "classification" and not saved["classes"]:
-        raise UserError(f"{place}: predicts no classes: its task is '{config.task.name}'.")
+    classes, outputs = len(saved["classes"]), models.probe(model, shape, config.model.name)
+    width = outputs.shape[1] if outputs.ndim == 2 else 0
+    # A classifier may have spare outputs, as pretrained ones do; those of another task may mean anything.
+    if not width or (width < classes if config.task.name == "classification" else width != classes):
+        raise UserError(
+            f"{place}: predicts no classes: its task is '{config.task.name}', and its model gives"
+            f" {list(outputs.shape[1:])} for an image, not one number for each of {classes} classes."
+        )
     if config.data.name.startswith(GIVEN):
         print(
             f"note: the run's images came from a '{config.data.name.removeprefix(GIVEN)}'; what it did to"

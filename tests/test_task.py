@@ -191,6 +191,30 @@ def test_what_a_model_gives_is_checked_before_the_first_step(
     assert not list(tmp_path.glob("runs/run/checkpoints/*"))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "give", "told"),
+    [
+        (
+            1,
+            None,
+            r"its task is 'object:.*Mine', and its model gives \[1\] for an image, not one .* 3 classes",
+        ),
+        (9, None, r"its model gives \[9\] for an image"),  # an embedding, perhaps
+        (3, lambda outputs, training: outputs[:, :, None], r"its model gives \[3, 1\] for an image"),
+    ],
+)
+def test_a_run_that_is_no_classification_predicts_no_classes(
+    outputs: int, give: Any, told: str, here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs.flatten(1).mean(1) - targets).square()
+
+    task = a_task(loss, lambda outputs, targets: {"error": loss(outputs, targets)}, best="min eval/error")
+    here(*small, model=Net(give, outputs), task=task)
+    with pytest.raises(UserError, match=told):
+        predict("runs/run", [tmp_path / "nothing.png"], model=Net(give, outputs))
+
+
 def test_a_frozen_part_of_a_task_is_no_state(here: Callable[..., Any], small: list[str]) -> None:
     task = a_task(weights=nn.Linear(3, 3).requires_grad_(False))
     assert here(*small, task=task).state == "completed"
