@@ -54,7 +54,7 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     for group in optimizer.param_groups:
         group["initial_lr"] = rate = float(group.get("lr", config.optim.lr))
         if not (math.isfinite(rate) and rate >= 0):
-            raise UserError(f"optim.name: '{name}': the rate of a group of weights is {rate}.")
+            raise UserError(f"optim.lr: the rate of a group of weights of '{name}' is {rate}.")
     return optimizer
 
 

@@ -66,9 +66,13 @@ def build(
         for shape in {data.sample_shape, data.train_shape}
     }
     if task:
-        for samples, shape in ((data.train, data.train_shape), (data.eval, data.sample_shape)):
+        parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
+        for part, (samples, shape) in parts.items():
             targets = first_targets(samples).to(runtime.device)
             names = tasks.check(task, outputs[shape], targets, len(data.classes))
+            if tasks.is_classification(task) and not data.classes:  # as many as the model has outputs
+                samples.classes = outputs[shape].shape[1]
+                samples.check_labels(part)
         Best.parse(config.checkpoint.best or task.best).check(names)
     model.to(runtime.device)
     if config.channels_last:
@@ -161,7 +165,7 @@ def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, wh
         state.model.load_state_dict(saved["model"])
         if state.average:
             state.average.load_state_dict(saved["average"] or saved["model"])
-        changed = saved["config"]["optim"]["args"] != config.optim.args
+        changed = saved["config"]["optim"]["args"] != to_mapping(config)["optim"]["args"]
         _restore_optimizer(state.optimizer, saved["optimizer"], changed)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())

@@ -73,6 +73,11 @@ def build(config: Config) -> Task:
 # --- what a task gives, checked -----------------------------------------------------------------------
 
 
+def is_classification(task: Task) -> bool:
+    """Whether the model's outputs are scores of classes: the metrics are those of `Classification`."""
+    return getattr(type(task), "metrics", None) is Classification.metrics
+
+
 def losses(task: Task, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss of each sample, `[B]`. Raises UserError if the task gives anything else."""
     if not isinstance(outputs, torch.Tensor):
@@ -133,11 +138,10 @@ def check(task: Task, outputs: torch.Tensor, targets: torch.Tensor, classes: int
                 f"task: {_name(task)} has weights of its own, which would be neither trained nor saved; make"
                 " them a part of the model, or freeze them by requires_grad_(False)."
             )
-    own_metrics = getattr(type(task), "metrics", None) is not Classification.metrics
-    if classes and not own_metrics and (outputs.ndim != 2 or outputs.shape[1] < classes):
+    if is_classification(task) and (outputs.ndim != 2 or outputs.shape[1] < classes):
         raise UserError(
             f"model: it gives outputs of shape {list(outputs.shape[1:])} for an image, but classification"
-            f" needs one for each of the {classes} classes."
+            f" needs one for each {f'of the {classes} classes' if classes else 'class'}."
         )
     # As many rows as no other dimension has: a sum over the samples can't pass for a value of each.
     count = next(n for n in range(5, 99) if n not in {*outputs.shape[1:], *targets.shape[1:]})

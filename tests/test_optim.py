@@ -283,7 +283,10 @@ def test_a_saved_optimizer_of_other_groups_is_told(
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("nothing", "made a NoneType, no optimizer"), ("negative", "the rate of a group of weights is nan")],
+    [
+        ("nothing", "optim.name: .* made a NoneType, no optimizer"),
+        ("negative", "optim.lr: the rate .* is nan"),
+    ],
 )
 def test_what_is_no_optimizer_is_told(
     name: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -291,7 +294,7 @@ def test_what_is_no_optimizer_is_told(
     (tmp_path / "my_mistakes.py").write_text(GROUPS)
     monkeypatch.chdir(tmp_path)
     config = from_mapping({"optim": {"name": f"my_mistakes:{name}"}, "train": {"steps": 1}})
-    with pytest.raises(UserError, match=f"optim.name: .*{told}"):
+    with pytest.raises(UserError, match=told):
         optim.build(config, nn.Linear(2, 2))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_train import fit
 from dist_train.config import UserError, from_mapping
+from dist_train.data.images import InMemory
 from dist_train.predict import predict
 from dist_train.task import Classification, build
 from dist_train.tracking import read_metrics
@@ -231,8 +232,19 @@ def test_metrics_that_not_all_batches_have_are_told(here: Callable[..., Any], sm
 
 def test_targets_that_are_no_tensor_are_told(here: Callable[..., Any], small: list[str]) -> None:
     data = [(torch.zeros(1, 8, 8), {"label": 1, "box": 2})] * 20
-    with pytest.raises(UserError, match="data: the target of a sample is a dict"):
+    with pytest.raises(UserError, match="data: a target is of type dict"):
         here(*small, model=Net(), train_data=data, eval_data=data, task=a_task())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_labels_beyond_the_outputs_are_told_where_classes_have_no_names(
+    in_memory: bool, here: Callable[..., Any], small: list[str]
+) -> None:
+    images, labels = torch.zeros(40, 1, 8, 8), torch.arange(40) % 3
+    labels[31] = 3
+    data = InMemory(images, labels, []) if in_memory else list(zip(images, labels, strict=True))
+    with pytest.raises(UserError, match="sample 31 is 3, but the 3 classes are numbered from 0"):
+        here(*small, model=Net(), train_data=data, eval_data=data)
 
 
 def test_a_task_is_tried_without_a_trace(here: Callable[..., Any], small: list[str], tmp_path: Path) -> None:

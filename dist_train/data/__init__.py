@@ -147,15 +147,7 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
 
 
 def first_targets(samples: Samples) -> torch.Tensor:
-    """The target of the first sample that can be read, twice, as a batch has them: `[2, ...]`.
-
-    Raises UserError for a target that is neither a tensor nor a number.
-    """
-    _, target = samples.readable(0, epoch=0)
-    if not isinstance(target, (torch.Tensor, np.ndarray, np.generic, int, float)):
-        raise UserError(
-            f"data: the target of a sample is a {type(target).__name__}; it must be one tensor or number."
-        )
+    """The target of the first sample that can be read, twice, as a batch has them: `[2, ...]`."""
     parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
     return next(batch.targets for part in parts for batch in samples.batches([part]) if len(batch.targets))
 
