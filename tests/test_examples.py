@@ -30,7 +30,7 @@ def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
     assert finished.rc == 0, finished
     assert last_metrics(tmp_path / "runs/own-model")["eval/accuracy"] > 0.85
     config = load([tmp_path / "runs/own-model/config.yaml"])
-    assert config.model.name == "torch.nn.modules.container:Sequential"
+    assert config.model.name == "object:torch.nn.modules.container.Sequential"
     assert config.data.name == "torch.utils.data.dataset:TensorDataset"
     assert config.task.name == "__main__:Focal"
     # The same images and model can't be had from that, and no others are taken in their place.
