@@ -31,8 +31,8 @@ def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
     assert last_metrics(tmp_path / "runs/own-model")["eval/accuracy"] > 0.85
     config = load([tmp_path / "runs/own-model/config.yaml"])
     assert config.model.name == "object:torch.nn.modules.container.Sequential"
-    assert config.data.name == "torch.utils.data.dataset:TensorDataset"
-    assert config.task.name == "__main__:Focal"
+    assert config.data.name == "object:torch.utils.data.dataset.TensorDataset"
+    assert config.task.name == "object:__main__.Focal"
     # The same images and model can't be had from that, and no others are taken in their place.
     evaluated = cli("eval", "runs/own-model")
     assert evaluated.rc == 2, evaluated
