@@ -75,7 +75,10 @@ def _memory() -> Iterator[Finding]:
 
     total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or "max": no limit
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8"))
+            for name in ("max", "current")
+        )
         total, free = min(total, limit), min(free, max(0, limit - used))
     advice = "end other programs; under SLURM: --mem" if free < 2 * GIB else ""
     yield Finding("memory", f"{free / GIB:.1f} GiB free of {total / GIB:.1f}", advice)
@@ -103,7 +106,10 @@ def _all_reduce() -> Iterator[Finding]:
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "dist_train.doctor", str(Path(folder, "meet"))]
-        ranks = [Popen([*words, str(r), backend], stdout=PIPE, stderr=PIPE, text=True) for r in range(2)]
+        ranks = [
+            Popen([*words, str(r), backend], stdout=PIPE, stderr=PIPE, encoding="utf-8", errors="replace")
+            for r in range(2)
+        ]
         end = time.monotonic() + REDUCE_SECONDS
         while None in (codes := [r.poll() for r in ranks]) and not any(codes) and time.monotonic() < end:
             time.sleep(0.05)

@@ -89,7 +89,9 @@ def address(host: str) -> str:
         pass
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["scontrol", "show", "node", host]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        shown = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=30
+        ).stdout
         if match := re.search(r"NodeAddr=(\S+)", shown):
             socket.getaddrinfo(match[1], None)
             return match[1]

@@ -54,7 +54,7 @@ class Lock:
         """Takes the lock. Raises UserError if another attempt has it."""
         self.check(say)
         mine = self.path.with_name(f"lock.{self.token}")
-        mine.write_text(json.dumps(_myself(self.token)) + "\n")
+        mine.write_text(json.dumps(_myself(self.token)) + "\n", encoding="utf-8")
         os.replace(mine, self.path)
         time.sleep(0.1)  # of two that found the same stale lock, the later one has replaced the earlier one's
         if not self.is_ours():
@@ -95,7 +95,7 @@ def _myself(token: str) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any] | None:
     """What a lock tells, or None if there is none that can be read."""
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text(encoding="utf-8"))
         return holder if isinstance(holder, dict) else None
     except (OSError, ValueError):
         return None

@@ -250,7 +250,7 @@ def allowed_cpus() -> int:
     """The number of CPUs that this process may really use: affinity and cgroup limits respected."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         return max(1, min(count or 1, int(quota) // int(period)))
     except (OSError, ValueError):  # no cgroup v2, or "max": no limit
         return max(1, count or 1)

@@ -57,7 +57,9 @@ def path() -> str:
 def submit(words: Sequence[str]) -> str:
     """Runs the command and returns what sbatch says. Raises UserError if it refuses, or isn't there."""
     try:
-        done = subprocess.run(words, env={**os.environ, "PATH": path()}, capture_output=True, text=True)
+        done = subprocess.run(
+            words, env={**os.environ, "PATH": path()}, capture_output=True, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError:
         raise UserError(
             "there is no `sbatch` on this machine; submit from a login node of the cluster;"

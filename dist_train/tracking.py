@@ -148,7 +148,7 @@ class Tracker:
         }
         temporary = self.folder / "status.json.tmp"
         try:
-            temporary.write_text(json.dumps(status, indent=2) + "\n")
+            temporary.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, self.folder / "status.json")
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -258,7 +258,7 @@ class Lines:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; what a kill cut short is left out."""
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
                 yield json.loads(line)
 
@@ -266,7 +266,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_status(folder: Path) -> dict[str, Any]:
     """status.json of a run, or an empty dict."""
     try:
-        return json.loads((folder / "status.json").read_text())
+        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -359,9 +359,9 @@ def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
     (folder / "wandb").mkdir(exist_ok=True)
     id_file = folder / "wandb" / "run_id"
     if not id_file.exists():
-        id_file.write_text(os.urandom(4).hex())
+        id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
     return {
-        "id": id_file.read_text().strip(),
+        "id": id_file.read_text(encoding="utf-8").strip(),
         "resume": "allow",
         "dir": str(folder),
         "mode": mode,

@@ -69,7 +69,7 @@ def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
     """Trains in a process of its own, to the end, or to a SIGKILL once step `kill_at` is recorded."""
     config = replace(config, run=replace(config.run, dir=str(run.parent), name=run.name))
     file = run.with_suffix(".yaml")
-    file.write_text(to_yaml(config))
+    file.write_text(to_yaml(config), encoding="utf-8")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     words = [*(launcher if processes > 1 else []), "dist_train", "train", str(file)]
     log = run.with_suffix(".txt")
@@ -83,7 +83,7 @@ def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
         else:
             process.wait()
         if process.returncode:
-            lines = log.read_text().splitlines()
+            lines = log.read_text(encoding="utf-8").splitlines()
             told = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
             raise UserError(told[-1] if told else "\n".join(["the job fails by itself:", *lines[-20:]]))
     finally:

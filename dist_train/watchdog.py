@@ -104,7 +104,7 @@ class Watchdog:
         _, step, doing = at
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
-            with (self.folder / f"rank-{self.ranks.rank}.txt").open("w") as file:
+            with (self.folder / f"rank-{self.ranks.rank}.txt").open("w", encoding="utf-8") as file:
                 file.write(f"rank {self.ranks.rank} after step {step}: {doing}, {time.ctime()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -217,7 +217,11 @@ def slurm_end(env: dict[str, str] | os._Environ[str]) -> float | None:
         return float(env["SLURM_JOB_END_TIME"])
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
         told = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, timeout=20
+            ["scontrol", "show", "job", "--oneliner", job],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=20,
         )
         found = re.search(r"\bEndTime=(\S+)", told.stdout)
         if found:

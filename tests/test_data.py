@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -203,6 +204,40 @@ def test_images_and_classes_may_have_any_name_that_a_file_can_have(name: str, tm
         "csv", str(folder), True, {"annotations_file": "list.csv", "img_dir": f"train/{name}"}
     )
     assert source.path(2) == folder / "train" / name / f"{name} 002.png" and source[2][1] == 0
+
+
+def test_a_whole_run_may_have_names_in_any_letters(
+    cli: Callable[..., Finished], run: Callable[..., Finished], image_folder: Path, tmp_path: Path
+) -> None:
+    """Run, folders, classes, images, recipe, pictures and predictions."""
+    for part in ("train", "val"):
+        (image_folder / part / "dark").rename(image_folder / part / "Käse 🧀")
+    latin = image_folder / "train" / "bright" / f"{LATIN}.png"
+    with contextlib.suppress(OSError):  # some file systems take UTF-8 only
+        latin.write_bytes(b"no image")
+    (tmp_path / "ä.yaml").write_text("data: {name: image_folder, root: Bilder ä}\n", encoding="utf-8")
+    image_folder.rename(tmp_path / "Bilder ä")
+    words = ["ä.yaml", *SMALL[2:], "run.dir=läufe", "run.name=Käse 🧀", "data.on_bad_sample=skip"]
+    images = "Bilder ä/val/Käse 🧀"
+    trained = run("-m", "dist_train", "train", *words, "wandb.mode=offline", env={"LC_ALL": "C"})
+    assert trained.rc == 0, trained
+    for command in (
+        ["predict", "läufe/Käse 🧀", images, "--format", "csv", "--output", "für.csv"],
+        ["eval", "läufe/Käse 🧀"],
+        ["status", "läufe"],
+        ["samples", *words, "data.on_bad_sample=stop", "--count", 2, "--output", "ä.png"],
+    ):
+        result = cli(*command)
+        assert result.rc == 0, result
+    folder = tmp_path / "läufe" / "Käse 🧀"
+    predicted = (tmp_path / "für.csv").read_text("utf-8")
+    assert f"{images}/001.png," in predicted and ",Käse 🧀," in predicted
+    assert "dir: läufe" in (folder / "config.yaml").read_text("utf-8")
+    if (tmp_path / "Bilder ä" / "train" / "bright" / latin.name).exists():
+        assert "K\\xe4se.png" in (folder / "log.txt").read_text("utf-8")
+    named = cli("config", *words, f"run.name={LATIN}")
+    assert (named.rc, named.err.count("\n")) == (2, 1)
+    assert "argument 'run.name=K\\xe4se': is not written in UTF-8" in named.err
 
 
 def grey(folder: Path, name: str, array: np.ndarray) -> Path:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -35,7 +37,13 @@ def load(
 
     Raises UserError for whatever is wrong with any of them.
     """
-    files = [Path(path) for path in paths]
+    files, overrides = [Path(path) for path in paths], list(overrides)
+    for word in (*map(str, files), *overrides):
+        if not word.isascii() and re.search("[\ud800-\udfff]", word):  # bytes that could not be decoded
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise UserError(
+                f"argument '{shown}': is not written in UTF-8, as all of a configuration must be."
+            )
     name = files[0].stem if files else "run"
     sources = [[(_read_yaml(file), str(file))] for file in files]
     return _load([*sources, _read_overrides(overrides)], name, say)

@@ -69,8 +69,9 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
 
     Raises BadSample, naming the file, if it is no image, or none whose white is known.
     """
+    shown = as_text(path)
     if channels not in MODES:
-        raise UserError(f"{path}: an image file is read with 1, 3 or 4 channels, not {channels}.")
+        raise UserError(f"{shown}: an image file is read with 1, 3 or 4 channels, not {channels}.")
     try:
         with Image.open(path) as image:
             if image.mode == "F" or image.mode.startswith("I"):
@@ -79,10 +80,10 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
                 return v2.functional.pil_to_tensor(image.convert("RGBA").convert(MODES[channels]))
             return v2.functional.pil_to_tensor(image.convert(MODES[channels]))
     except FileNotFoundError:
-        raise BadSample(f"{path}: there is no such image file.") from None
+        raise BadSample(f"{shown}: there is no such image file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSample(f"{path}: not a readable image ({reason}).") from None
+        raise BadSample(f"{shown}: not a readable image ({reason}).") from None
 
 
 def _deep(image: Any, channels: int) -> torch.Tensor:
@@ -106,6 +107,11 @@ def image_paths(folder: Path) -> list[Path]:
     """All image files below a folder, in the order of their names; what is hidden is left out."""
     found = (file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
     return sorted(file for file in found if not any(map(is_hidden, file.relative_to(folder).parts)))
+
+
+def as_text(path: Path) -> str:
+    """A path for messages and records: of its bytes those that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def is_hidden(name: str) -> bool:

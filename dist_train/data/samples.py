@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
 
 from dist_train.config import UserError
-from dist_train.data.images import BadSample, ImageFiles, InMemory
+from dist_train.data.images import BadSample, ImageFiles, InMemory, as_text
 from dist_train.data.labels import first_wrong, wrong
 from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform, OneHot, seed_sample
@@ -162,7 +162,7 @@ class Samples(Dataset[Any]):
         source: Any = self.source
         if isinstance(source, Subset):
             source, index = source.dataset, source.indices[index]
-        return str(source.path(index)) if hasattr(source, "path") else f"sample {index}"
+        return as_text(source.path(index)) if hasattr(source, "path") else f"sample {index}"
 
     def sample(self, index: int, epoch: int) -> tuple[torch.Tensor, Any]:
         """One transformed sample as (image `[C, H, W]`, target), as this epoch sees it."""

@@ -7,7 +7,6 @@ A source is a function of (root, train, ...) that returns a map-style data set o
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.data.arrays import arrays
 from dist_train.data.csv_file import csv
 from dist_train.data.fashion_mnist import fashion_mnist
-from dist_train.data.images import ImageFiles, InMemory, image_paths, is_hidden, near_path
+from dist_train.data.images import ImageFiles, InMemory, as_text, image_paths, is_hidden, near_path
 
 EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
 
@@ -71,8 +70,7 @@ def _class_folders(folder: Path, channels: int) -> ImageFiles:
     folders = sorted(item for item in folder.iterdir() if item.is_dir() and not is_hidden(item.name))
     if not folders:
         raise UserError(f"{folder}: holds no class folders; an image_folder has one folder per class.")
-    # Names of classes are text; names of folders may be any bytes.
-    classes = [os.fsencode(item.name).decode(errors="backslashreplace") for item in folders]
+    classes = [as_text(Path(item.name)) for item in folders]
     paths, labels = [], []
     for label, (name, item) in enumerate(zip(classes, folders, strict=True)):
         files = image_paths(item)

@@ -64,7 +64,7 @@ def slurm_states(jobs: Sequence[str]) -> dict[str, str]:
         return {}
     words = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(sorted(set(jobs)))}"]
     try:
-        asked = subprocess.run(words, capture_output=True, text=True, timeout=20)
+        asked = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
     except (OSError, subprocess.SubprocessError):
         return {}
     # It knows ended jobs for some minutes; asked for one that it has forgotten, it fails.
