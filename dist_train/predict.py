@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime
 from dist_train import task as tasks
 from dist_train.config import GIVEN, UserError, from_mapping, nearest
-from dist_train.data.images import read_image
+from dist_train.data.images import image_paths, read_image
 from dist_train.evaluate import evaluate
 
 FORMATS = ("table", "csv", "json")
@@ -183,7 +182,7 @@ def _image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:
         if not place.is_dir():
             yield place
             continue
-        found = sorted(f for f in place.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+        found = image_paths(place)
         if not found:
             errors.append(f"{place}: holds no images.")
         yield from found

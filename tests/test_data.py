@@ -23,7 +23,7 @@ from dist_train import data
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import fashion_mnist as fashion
 from dist_train.data import loader
-from dist_train.data.images import read_image
+from dist_train.data.images import image_paths, read_image
 from dist_train.data.order import DistributedSampler, EvalSampler
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform
@@ -178,6 +178,7 @@ def test_hidden_folders_are_no_classes_and_hidden_files_no_images(image_folder: 
         (image_folder / "train" / place / ("._x.png" if place == "dark" else "x.png")).write_bytes(image)
     source = open_source("image_folder", str(image_folder), True, {})
     assert (source.classes, len(source)) == (CLASSES, 30)
+    assert len(image_paths(image_folder / "train")) == 30  # as a prediction lists them
 
 
 LATIN = os.fsdecode("Käse".encode("latin-1"))  # no UTF-8
