@@ -221,7 +221,9 @@ def test_targets_can_become_vectors_or_whatever_ones_own_function_returns(
 ) -> None:
     one_hot = target_transform("one_hot", 3)
     assert one_hot is not None
-    assert one_hot(2).tolist() == [0.0, 0.0, 1.0]
+    assert one_hot(2).tolist() == one_hot(np.int32(2)).tolist() == [0.0, 0.0, 1.0]
+    with pytest.raises(UserError, match="one_hot takes numbers of classes, but the labels are floats"):
+        one_hot(torch.tensor([0.0, 1.0]))
     assert target_transform(None, 3) is None
     (tmp_path / "own_targets.py").write_text("def half(label):\n    return label / 2\n")
     monkeypatch.syspath_prepend(tmp_path)

@@ -67,6 +67,7 @@ class Samples(Dataset[Any]):
     ) -> None:
         self.source, self.transform, self.target_transform = source, transform, target_transform
         self.seed, self.on_bad, self.classes, self.strict = seed, on_bad, classes, strict
+        self.checked = False  # whether all labels were found to be right
 
     def __len__(self) -> int:
         return len(self.source)
@@ -93,7 +94,9 @@ class Samples(Dataset[Any]):
             index = torch.as_tensor(self.source.indices)[index]
         # index_select copies whole images; memory.images[index] goes byte by byte, at ten times the cost.
         images, targets = memory.images.index_select(0, index), memory.labels.index_select(0, index)
-        if self.target_transform is not None:
+        if isinstance(self.target_transform, OneHot):  # of labels that were checked at the start
+            targets = self.target_transform(targets)
+        elif self.target_transform is not None:
             numbers = np.concatenate([part.indices for part in parts]).tolist()
             rows = [self.target(label, i) for label, i in zip(targets, numbers, strict=True)]
             targets = torch.stack([torch.as_tensor(row) for row in rows])
@@ -182,6 +185,8 @@ class Samples(Dataset[Any]):
 
     def target(self, label: Any, index: int) -> Any:
         """The target of a sample with this label. Raises UserError, naming it, for one that can't be."""
+        if self.checked and self.target_transform is None:
+            return label
         reason = ""
         if isinstance(self.target_transform, OneHot):
             reason = wrong(label, self.classes, strict=True)
@@ -208,6 +213,7 @@ class Samples(Dataset[Any]):
         if found := first_wrong(labels, self.classes, self.strict or by_number):
             place, reason = found
             raise UserError(f"data: in the {part} set, the label of {self.name(place)} {reason}.")
+        self.checked = True
 
     @property
     def is_batched(self) -> bool:

@@ -126,9 +126,14 @@ class OneHot:
     def __init__(self, classes: int) -> None:
         self.classes = classes
 
-    def __call__(self, label: int) -> torch.Tensor:
-        """The vector of one label."""
-        return torch.nn.functional.one_hot(torch.as_tensor(label), self.classes).float()
+    def __call__(self, label: Any) -> torch.Tensor:
+        """The vector of one label, or those `[B, K]` of labels `[B]`."""
+        numbers = torch.as_tensor(label)
+        if numbers.is_floating_point():
+            raise UserError(
+                "data.target_transform: one_hot takes numbers of classes, but the labels are floats."
+            )
+        return torch.nn.functional.one_hot(numbers.long(), self.classes).float()
 
 
 def target_transform(name: str | None, classes: int) -> Callable[[Any], Any] | None:
