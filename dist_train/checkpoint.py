@@ -264,6 +264,20 @@ def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
     _sync_folder(path.parent)
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Writes what a command was asked for: whole or not at all, but into a device or pipe as it comes.
+
+    Raises UserError if that is impossible.
+    """
+    try:
+        if (path.exists() and not path.is_file()) or Path("/dev") in path.absolute().parents:
+            path.write_bytes(data)
+        else:
+            write_atomically(path.resolve(), lambda file: file.write(data))  # a link stays one
+    except OSError as error:
+        raise UserError(f"--output: {path} can't be written: {error.strerror}.") from None
+
+
 def _point(link: Path, name: str) -> None:
     """Makes `link` a symbolic link to the file `name` beside it, replacing an older one at once."""
     temporary = link.with_name(f"{link.name}.tmp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import sys
@@ -36,6 +38,8 @@ Configs = Annotated[
 
 def main() -> None:
     """Runs the command line. A mistake of the user's is one sentence from rank 0, and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal's encoding lacks is shown escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _refuse_keys_as_options(sys.argv[1:])
         app()
@@ -49,6 +53,8 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _flush()
 
 
 @app.command()
@@ -68,7 +74,14 @@ def train(
 
     result = fit(config, allow_changes=allow_changes, started=BEGAN)
     if _is_main():
-        print(f"{result.state} at step {result.step:,}: {result.folder}")
+        from dist_train.progress import describe
+
+        more = "; the same command goes on with it" if result.state == "interrupted" else ""
+        shown = result.metrics | {f"best {name}": value for name, value in result.best.items()}
+        lines = [f"{result.state} at step {result.step:,}: {result.folder}{more}", describe(shown)]
+        with contextlib.suppress(OSError):
+            print("\n".join(filter(None, lines)))
+        _flush(told=False)
     sys.exit(EXIT_INTERRUPTED if result.state == "interrupted" else 0)
 
 
@@ -299,3 +312,19 @@ def _is_main() -> bool:
     """Whether this is rank 0, also before the process group is there."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return rank == "0"
+
+
+def _flush(told: bool = True) -> None:
+    """Brings out what was printed. Exit code 1 if nobody reads it, as with `head`, or there is no room.
+
+    Args:
+        told: whether that is the exit code; what a training came to does not depend on who reads of it.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
+        if not isinstance(error, BrokenPipeError):
+            print(f"dist-train: the output can't be written: {error.strerror}.", file=sys.stderr)
+        if told:
+            sys.exit(1)

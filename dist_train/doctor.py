@@ -197,7 +197,11 @@ def _wandb() -> Iterator[Finding]:
     elif has_key(wandb):
         yield Finding("W&B", "an API key is here: runs are mirrored online")
     else:
-        yield Finding("W&B", "no API key: runs are logged offline", "`wandb login`, or `wandb sync` later")
+        yield Finding(
+            "W&B",
+            "no API key: runs are logged offline",
+            "`wandb login`, or later `wandb sync runs/*/wandb/offline-run-*`",
+        )
 
 
 if __name__ == "__main__":

@@ -188,6 +188,8 @@ def loop(
     for done in steps(config, ranks, state, task, schedule, batches, total, clock, watchdog.beat):
         window.add(done.losses)
         bad += done.bad
+        if tracker:
+            tracker.progress.move(state.step)
         skips = skips + 1 if done.skipped else 0
         if skips > config.max_skips:
             raise RunError(
@@ -235,6 +237,7 @@ def loop(
             saved_at = time.monotonic()
         if tracker:
             tracker.skipped = state.skipped
+            tracker.best = best.told(state.best)
             tracker.status("running", state.step)
         if stop:
             break
@@ -279,5 +282,6 @@ def _nonfinite(config: Config, ranks: Runtime, sets: data.Data, step: int, what:
         with suppress(OSError):
             checkpoint.write_atomically(config.run_dir / "nonfinite.json", lambda file: file.write(text))
     return (
-        f"step {step:,}: {what}; {config.run_dir}/nonfinite.json lists its samples, `{command}` rebuilds it."
+        f"step {step:,}: {what}; {config.run_dir}/nonfinite.json lists its samples, `{command}` rebuilds it;"
+        f" a lower optim.lr than {config.optim.lr:g} often helps."
     )

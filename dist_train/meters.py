@@ -137,6 +137,10 @@ class Best:
                 f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(there)}."
             )
 
+    def told(self, best: float | None) -> dict[str, float]:
+        """The best value by the name of its metric; empty where there is none."""
+        return {} if best is None or not self.sign else {self.metric: best}
+
     def improves(self, metrics: dict[str, float], best: float | None) -> bool:
         """Whether `metrics`, of an evaluation or of none, holds a better value than `best`."""
         if not metrics or not self.sign:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, Every, UserError, construct, import_object, nearest
+from dist_train.progress import counted
 
 
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -120,7 +121,8 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
     warmup = Every.parse(config.schedule.warmup).in_steps(steps_per_epoch)
     if warmup >= total and warmup:
         raise UserError(
-            f"schedule.warmup: {warmup} steps of warm-up in a training of {total} steps; shorten it."
+            f"schedule.warmup: {counted(warmup, 'step')} of warm-up in a training of"
+            f" {counted(total, 'step')}; shorten it."
         )
     for t in _corners(args):  # what is wrong at any step, before the first one
         value = construct(function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t)

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from dist_train import checkpoint, data, models, runtime
 from dist_train import task as tasks
 from dist_train.config import GIVEN, UserError, from_mapping, nearest
-from dist_train.data.images import image_paths, read_image
+from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
 
 FORMATS = ("table", "csv", "json")
@@ -103,7 +103,7 @@ def predict(
                     for p, i in zip(values.tolist(), indices.tolist(), strict=True)
                 ]
                 name, probability = ranked[0]
-                row = {"image": str(file), "class": name, "probability": probability}
+                row = {"image": as_text(file), "class": name, "probability": probability}
                 rows.append(row | {"top": ranked})
     return rows, errors
 
@@ -126,10 +126,7 @@ def write(rows: Sequence[dict[str, Any]], format: str, output: Path | None) -> N
     if output is None:
         sys.stdout.write(text)
         return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: {output} can't be written: {error.strerror}.") from None
+    checkpoint.write_output(output, text.encode())
 
 
 def evaluate_run(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import Any
+
+MOVE_SECONDS = 0.2  # the least time from one picture of the bar to the next
 
 
 class Progress:
@@ -18,16 +21,28 @@ class Progress:
     def __init__(self, total: int, start: int = 0) -> None:
         self.total = total
         self._bar: Any = None
+        self._moved_at = 0.0
         if sys.stderr.isatty():
             self._bar = _bar()
             self._task = self._bar.add_task("", total=total, completed=start, shown="")
             self._bar.start()
 
+    def move(self, step: int) -> None:
+        """Moves the bar to a step; drawn here, a few times a second, so that no thread works beside the loop.
+
+        The device may be some steps behind: nobody waits for it.
+        """
+        if self._bar and (now := time.monotonic()) - self._moved_at >= MOVE_SECONDS:
+            self._moved_at = now
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._bar.update(self._task, completed=step)
+                self._bar.refresh()
+
     def row(self, step: int, row: dict[str, Any]) -> None:
-        """Shows a row of metrics; drawn now and at no other time, so that no thread works beside the loop."""
+        """Shows a row of metrics."""
         text = describe(row)
         if self._bar:
-            with contextlib.suppress(OSError):  # the terminal is gone
+            with contextlib.suppress(OSError):
                 self._bar.update(self._task, completed=step, shown=text)
                 self._bar.refresh()
             if "eval/loss" in row:
@@ -69,6 +84,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def counted(number: int, name: str) -> str:
+    """A number with its noun: `1 process`, `4,690 steps`."""
+    return f"{number:,} {name}{'' if number == 1 else 'es' if name.endswith('s') else 's'}"
 
 
 def _bar() -> Any:

@@ -22,6 +22,7 @@ from dist_train import task as tasks
 from dist_train.config import Config, UserError, from_mapping, load, to_mapping
 from dist_train.loop import steps
 from dist_train.meters import Clock
+from dist_train.progress import counted
 from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
 from dist_train.tracking import SECONDS, read_attempts, read_status
@@ -171,7 +172,9 @@ def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) ->
 
 def table(replayed: Replayed) -> str:
     """The samples as lines of text, the greatest loss first, and whether the gradient is finite."""
-    lines = [f"from {replayed.start}: loss {replayed.loss:.9g} over {len(replayed.samples)} samples"]
+    lines = [
+        f"from {replayed.start}: loss {replayed.loss:.9g} over {counted(len(replayed.samples), 'sample')}"
+    ]
     order = sorted(replayed.samples, key=lambda seen: math.inf if math.isnan(seen.loss) else seen.loss)
     for seen in reversed(order):
         place = f"rank {seen.rank}  sample {seen.sample:>8}"

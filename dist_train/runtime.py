@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import Config, UserError
 from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks, was_launched
+from dist_train.progress import counted
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def start(config: Config) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if (asked := asked_of_accelerate()) and asked > world_size:
         raise UserError(
-            f"accelerate was asked for {asked} processes but started {world_size}, as it does with its"
-            " CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
+            f"accelerate was asked for {counted(asked, 'process')} but started {world_size}, as it does with"
+            " its CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
         )
     if world_size > 1 and os.environ.get("MASTER_PORT") == "0":
         raise UserError(
@@ -126,8 +127,8 @@ def start(config: Config) -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda" and torch.cuda.device_count() < local_world_size:
         raise UserError(
-            f"{local_world_size} processes on this node but {torch.cuda.device_count()} GPUs:"
-            " start one process per GPU, or set device=cpu."
+            f"{counted(local_world_size, 'process')} on this node but"
+            f" {counted(torch.cuda.device_count(), 'GPU')}: start one process per GPU, or set device=cpu."
         )
     if device == "mps" and world_size > 1:
         raise UserError("device: MPS works with one process only; start one, or set device=cpu.")
@@ -275,10 +276,11 @@ def micro_batch(global_batch: int, world_size: int, accumulate: int) -> int:
     lower, upper = global_batch // parts * parts, (global_batch // parts + 1) * parts
     near = f"{lower} or {upper}" if lower else str(upper)
     divisors = [w for w in range(1, global_batch + 1) if global_batch % (w * accumulate) == 0]
-    worlds = f"; with {global_batch} it runs on {_listed(divisors)} processes" if divisors else ""
+    noun = "process" if divisors == [1] else "processes"
+    worlds = f"; with {global_batch} it runs on {_listed(divisors)} {noun}" if divisors else ""
     raise UserError(
-        f"train.batch_size: the global batch of {global_batch} can't be divided by {world_size}"
-        f" processes x {accumulate} accumulation steps; use {near}{worlds}."
+        f"train.batch_size: the global batch of {global_batch} can't be divided by"
+        f" {counted(world_size, 'process')} x {counted(accumulate, 'accumulation step')}; use {near}{worlds}."
     )
 
 

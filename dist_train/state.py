@@ -19,6 +19,7 @@ from dist_train.config import Config, UserError, completed, to_mapping
 from dist_train.data import Data, first_targets
 from dist_train.keys import key
 from dist_train.meters import Best
+from dist_train.progress import counted
 from dist_train.runtime import Runtime
 from dist_train.task import Task
 
@@ -153,8 +154,8 @@ def restore(
     notes = [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
     if own and saved.get("world_size", ranks.world_size) != ranks.world_size:
         notes.append(
-            f"{ranks.world_size} processes now, {saved['world_size']} before: the global batch stays"
-            f" {config.train.batch_size}"
+            f"{counted(ranks.world_size, 'process')} now, {saved['world_size']} before: the global batch"
+            f" stays {config.train.batch_size}"
         )
     return notes
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_train.config import Config, UserError
+from dist_train.progress import counted
 
 
 def command(
@@ -31,7 +32,8 @@ def command(
     tasks = options.get("ntasks-per-node") or gpus or 1
     if gpus and tasks != gpus:
         raise UserError(
-            f"--tasks-per-node: {tasks} processes for {gpus} GPUs; a process needs one of its own."
+            f"--tasks-per-node: {counted(int(tasks), 'process')} for {counted(int(gpus), 'GPU')};"
+            " a process needs one of its own."
         )
     micro_batch(config.train.batch_size, int(options["nodes"] or 1) * int(tasks), config.train.accumulate)
     given = {"job-name": config.run.name, **options, "ntasks-per-node": tasks}

@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_train.config import Config, construct, import_object, nearest
 from dist_train.config.errors import UserError
+from dist_train.progress import counted
 
 
 class Task(Protocol):
@@ -114,8 +115,8 @@ def _each_sample(task: Task, what: str, value: Any, count: int) -> torch.Tensor:
             return value.reshape(1)
     told = f"of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
     raise UserError(
-        f"task: the {what} of {_name(task)} is {told} for {count} samples, but must be one number for each,"
-        f' [{count}]: use reduction="none", and take the mean over all other dimensions.'
+        f"task: the {what} of {_name(task)} is {told} for {counted(count, 'sample')}, but must be one"
+        f' number for each, [{count}]: use reduction="none", and take the mean over all other dimensions.'
     )
 
 

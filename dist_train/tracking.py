@@ -14,6 +14,7 @@ import json
 import math
 import os
 import queue
+import shlex
 import socket
 import threading
 import time
@@ -24,12 +25,13 @@ from typing import Any
 
 from dist_train.config import Config, to_mapping
 from dist_train.launchers import slurm_job
-from dist_train.progress import Progress, clock
+from dist_train.progress import Progress, clock, counted
 
 INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
 FINISH_SECONDS = 30  # how long the end of a run waits for W&B
 SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")
 UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
+TOLD_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
 STATUS_SECONDS = 1  # how old status.json may be: replacing a file can wait for the disk
 
 
@@ -68,7 +70,9 @@ class Tracker:
         told = {"attempt": self.attempt, "step": resumed, "processes": processes}
         attempts.add(json.dumps(told | {"config": to_mapping(config)}))
         attempts.close()
-        self._mirror = Mirror(config, self.say) if config.wandb.mode != "disabled" else None
+        self._evaluated: dict[str, float] = before.get("metrics") or {}
+        self.best: dict[str, float] = before.get("best") or {}
+        self._mirror: Mirror | None = None
         self._status_at = -math.inf
         self.status("running", resumed)
 
@@ -92,10 +96,18 @@ class Tracker:
         }
         row |= values
         self._metrics.add(json.dumps({k: _finite(v) for k, v in row.items()}))
+        self._evaluated = {
+            k: _finite(v) for k, v in values.items() if k.startswith("eval/")
+        } or self._evaluated
         self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
         if self._mirror:
             self._mirror.rows.put(row)
+
+    def mirror(self, config: Config) -> None:
+        """Gives Weights & Biases every row to come, unless the configuration says otherwise."""
+        if config.wandb.mode != "disabled":
+            self._mirror = Mirror(config, self.say)
 
     def flush(self) -> None:
         """Writes rows that had no room until now: ahead of a checkpoint, which takes them for written."""
@@ -139,6 +151,8 @@ class Tracker:
             "lost_steps": self.account.lost_steps,
             "skipped_steps": self.skipped,
             "bad_samples": len(self._known_bad),
+            "metrics": self._evaluated,
+            "best": self.best,
             "samples_per_second": self._speed,
             "goodput": round(self.account.goodput(self.seconds), 4),
             "seconds": {
@@ -164,7 +178,8 @@ class Tracker:
     def close(self, state: str, step: int, reason: str = "") -> None:
         """Ends the attempt's record."""
         self.status(state, step, reason)
-        self.say(self.account.told(self.seconds, self.attempt))
+        if self.attempt > 1 or (self.seconds >= TOLD_SECONDS and self.account.goodput(self.seconds) < 0.9):
+            self.say(self.account.told(self.seconds, self.attempt))
         self.progress.close()
         if self._mirror:
             seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
@@ -208,10 +223,9 @@ class Account:
     def told(self, total: float, attempts: int) -> str:
         """The account as a line of text."""
         parts = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.5)
-        lost = f", {self.lost_steps:,} steps done again" if self.lost_steps else ""
-        tries = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        lost = f", {counted(self.lost_steps, 'step')} done again" if self.lost_steps else ""
         share = f"{self.goodput(total):.0%} of {clock(total)}"
-        return f"goodput {share} in {tries}{lost} ({parts or 'all under 1s'})"
+        return f"goodput {share} in {counted(attempts, 'attempt')}{lost} ({parts or 'all under 1s'})"
 
 
 class Lines:
@@ -312,7 +326,8 @@ class Mirror:
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
             if mode == "offline" and "WANDB_MODE" not in os.environ:
-                say("W&B: no API key, so the run is logged offline; `wandb sync` uploads it later.")
+                say(f"W&B: no API key, logging offline; {_to_sync(config)}.")
+        self._to_sync = _to_sync(config)
         self._options = _wandb_options(wandb, config, mode)
         self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
         self._thread.start()
@@ -344,9 +359,14 @@ class Mirror:
         except Exception as error:
             if self._options["mode"] != "online":
                 raise
-            self._say(f"W&B: {_first_line(error)}; logging offline, `wandb sync` uploads it later.")
+            self._say(f"W&B: {_first_line(error)}; logging offline; {self._to_sync}.")
             self._wandb.teardown()  # else the run counts as in use
             return self._wandb.init(**{**self._options, "mode": "offline"})
+
+
+def _to_sync(config: Config) -> str:
+    folder = shlex.quote(str(config.run_dir / "wandb"))
+    return f"`wandb sync {folder}/offline-run-*` uploads it"
 
 
 def _first_line(error: Exception) -> str:

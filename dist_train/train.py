@@ -21,8 +21,8 @@ from dist_train.config import Config, RunError, UserError, from_mapping, given_n
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
 from dist_train.loop import loop, why_stopped
-from dist_train.meters import Clock
-from dist_train.progress import Progress
+from dist_train.meters import Best, Clock
+from dist_train.progress import Progress, counted
 from dist_train.runtime import Runtime
 from dist_train.task import Task
 from dist_train.tracking import SECONDS, Tracker
@@ -36,7 +36,8 @@ class Result:
     folder: Path
     state: str  # completed | interrupted
     step: int
-    metrics: dict[str, float]  # of the last evaluation
+    metrics: dict[str, float]  # of an evaluation after this step; empty where there was none
+    best: dict[str, float]  # so far: the value of the metric that chooses the best checkpoint, by its name
 
 
 def fit(
@@ -121,10 +122,11 @@ def _fit(
     with ranks.together():
         if start:
             notes += states.restore(config, start, state, ranks, allow_changes)
+    best = Best.parse(config.checkpoint.best or task.best)
     if state.step >= total and state.metrics:
         if ranks.is_main:
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
-        return Result(config.run_dir, "completed", state.step, state.metrics)
+        return Result(config.run_dir, "completed", state.step, state.metrics, best.told(state.best))
     with ranks.together():
         newest = start
         if lock:
@@ -137,10 +139,8 @@ def _fit(
         if newest and newest != start:
             notes += states.restore(config, newest, state, ranks, allow_changes)
         if lock:
+            notes = [*_describe(config, ranks, sets, total), *sets.notes, *notes]
             tracker, saver = _open_record(config, ranks, total, started, state, notes)
-    if tracker:
-        for note in [*sets.notes, _describe(config, ranks, sets, total)]:
-            tracker.say(note)
     account = tracker.account.seconds if tracker else dict.fromkeys(SECONDS, 0.0)
     watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
     interrupt.can_save = True
@@ -172,7 +172,7 @@ def _fit(
             tracker.skipped = state.skipped
             tracker.close(end, state.step, reason)
     ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
-    return Result(config.run_dir, end, state.step, state.metrics)
+    return Result(config.run_dir, end, state.step, state.metrics, best.told(state.best))
 
 
 def _take(lock: Lock, config: Config, notes: list[str]) -> None:
@@ -198,6 +198,7 @@ def _open_record(
         tracker.skipped = state.skipped
         for note in notes:
             tracker.say(note)
+        tracker.mirror(config)
         saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, tracker.warn)
     except OSError as error:
         raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
@@ -205,12 +206,13 @@ def _open_record(
     return tracker, saver
 
 
-def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> str:
-    processes = f"{ranks.world_size} process{'es' if ranks.world_size > 1 else ''}"
-    threads = torch.get_num_threads()
-    return (
+def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> list[str]:
+    """What came up, in two lines."""
+    each = " each" if ranks.world_size > 1 else ""
+    return [
         f"run {config.run_dir}: {config.model.name} on {config.data.name},"
-        f" {len(sets.train):,} training and {len(sets.eval):,} eval samples, {total:,} steps of"
-        f" {config.train.batch_size}, {processes} on {ranks.device.type},"
-        f" {threads} CPU thread{'s' if threads > 1 else ''} each"
-    )
+        f" {len(sets.train):,} training and {counted(len(sets.eval), 'eval sample')}",
+        f"{counted(total, 'step')} of {config.train.batch_size:,},"
+        f" {counted(ranks.world_size, 'process')} on {ranks.device.type},"
+        f" {counted(torch.get_num_threads(), 'CPU thread')}{each}",
+    ]

@@ -53,4 +53,4 @@ def test_what_makes_training_impossible_is_exit_code_1(cli: Callable[..., Finish
     assert "GLOO_SOCKET_IFNAME" in told["all-reduce"][1]
     assert told["disk"][1].endswith("-> choose another run.dir")
     assert told["W&B"][0] == "warning"
-    assert told["W&B"][1].endswith("-> `wandb login`, or `wandb sync` later")
+    assert told["W&B"][1].endswith("-> `wandb login`, or later `wandb sync runs/*/wandb/offline-run-*`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -223,17 +224,23 @@ def test_without_a_terminal_there_are_plain_lines(cli: Callable[..., Finished], 
     result = cli("train", *small)
     assert result.rc == 0, result
     lines = result.err.splitlines()
-    assert lines[0].startswith("run runs/run: mlp on arrays, 90 training and 37 eval samples, 12 steps of 16")
-    assert [line.split()[1] for line in lines[1:-1]] == ["4/12", "6/12", "8/12", "12/12", "12/12"]
-    assert lines[-1].startswith("goodput ") and "in 1 attempt" in lines[-1]
+    assert lines[:2] == [
+        "run runs/run: mlp on arrays, 90 training and 37 eval samples",
+        "12 steps of 16, 1 process on cpu, 1 CPU thread",
+    ]
+    assert [line.split()[1] for line in lines[2:]] == ["4/12", "6/12", "8/12", "12/12", "12/12"]
     assert "\x1b" not in result.err
-    assert result.out == "completed at step 12: runs/run\n"
+    place, metrics = result.out.splitlines()  # the result stands last
+    assert place == "completed at step 12: runs/run"
+    assert re.fullmatch(r"eval/loss \S+  eval/accuracy (\S+)  best eval/accuracy \1", metrics), metrics
+    again = cli("train", *small, "train.steps=20")
+    assert "goodput" in again.err.splitlines()[-1] and "in 2 attempts" in again.err  # now it has a meaning
 
 
 def test_on_a_terminal_there_is_a_bar_that_counts_to_the_end(npz: Path, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "dist_train", "train", *SMALL],
+        [sys.executable, "-m", "dist_train", "train", *SMALL, "log.every=12", "eval.every=12"],
         cwd=tmp_path,
         env=environment(TERM="xterm-256color"),
         stdin=subprocess.DEVNULL,
@@ -250,5 +257,6 @@ def test_on_a_terminal_there_is_a_bar_that_counts_to_the_end(npz: Path, tmp_path
     os.close(master)
     assert process.wait(60) == 0, shown
     text = shown.decode()
-    assert "12/12" in text and "eval/accuracy" in text and "\x1b[" in text
+    assert {f"{step}/12" for step in range(1, 13)} & set(re.findall(r"\b\d+/12\b", text)) >= {"1/12", "12/12"}
+    assert "eval/accuracy" in text and "\x1b[" in text
     assert text.count("run runs/run: mlp on arrays") == 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import pickle
+import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ RECIPE = [
     "train.batch_size=12",
     "train.steps=40",
 ]
+
+PREDICT = ["-m", "dist_train", "predict"]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,43 @@ def test_predictions_name_the_classes_in_a_table_in_csv_and_in_json(
     (row,) = json.loads((trained / "p.json").read_text())
     assert row["class"] == CLASSES[0]
     assert [len(row["top"]), row["top"][0][0]] == [2, CLASSES[0]]
+
+
+def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_at_all(
+    trained: Path, run: Callable[..., Finished], tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "named", tmp_path / "out"
+    folder.mkdir()
+    source = next((trained / "data" / "val" / "dark").iterdir())
+    shutil.copy(source, os.fsencode(folder) + b"/caf\xe9.png")
+    shutil.copy(source, folder / "K\u00e4se.png")
+    for format in ("csv", "json", "table"):
+        result = run(*PREDICT, trained / "runs/run", folder, "--format", format, "--output", output)
+        assert (result.rc, result.err) == (0, ""), result
+        text = output.read_bytes().decode("utf-8")
+        told = [row["image"] for row in json.loads(text)] if format == "json" else text
+        assert any("caf\\xe9.png" in name for name in (told if format == "json" else [text]))
+    before = output.read_bytes()
+    printed = run(*PREDICT, trained / "runs/run", folder, env={"PYTHONIOENCODING": "ascii"})
+    assert printed.rc == 0 and "K\\xe4se.png" in printed.out, printed
+    (tmp_path / "sealed").mkdir()
+    link = tmp_path / "sealed" / "link"
+    link.symlink_to(output)
+    assert run(*PREDICT, trained / "runs/run", folder, "--output", link).rc == 0
+    assert link.is_symlink() and output.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["named", "out", "sealed"]
+
+
+def test_output_that_nobody_reads_or_that_finds_no_room_leaves_no_traceback(
+    trained: Path, run: Callable[..., Finished]
+) -> None:
+    words = [sys.executable, *PREDICT, "runs/run", "data/val/dark"]
+    buffered = {"PYTHONUNBUFFERED": ""}
+    script = f"{shlex.join(words)} | true; echo ${{PIPESTATUS[0]}}"
+    result = run("bash", "-c", script, cwd=trained, env=buffered)
+    assert (result.out, result.err) == ("1\n", ""), result
+    full = run("bash", "-c", f"{shlex.join(words)} >/dev/full", cwd=trained, env=buffered)
+    assert (full.rc, full.err) == (1, "dist-train: the output can't be written: No space left on device.\n")
 
 
 def test_one_checkpoint_file_elsewhere_is_enough(

@@ -22,6 +22,7 @@ from tests.conftest import Finished
 RUNNING = {
     "state": "running", "step": 1200, "total_steps": 4690, "attempts": 2, "reason": "", "host": "elsewhere",
     "pid": 1, "slurm_job": "12", "goodput": 0.97312, "samples_per_second": 10834.2, "trouble": "one\ntwo",
+    "metrics": {"eval/loss": 1.08, "eval/accuracy": 0.64851}, "best": {"eval/accuracy": 0.65018},
 }  # fmt: skip
 HOST = socket.gethostname()
 SQUEUE = """#!/bin/sh
@@ -95,12 +96,25 @@ def test_the_table_holds_all_runs_and_tolerates_old_ones(
     result = cli("status")
     assert (result.rc, result.err) == (0, ""), result
     heading, _, *lines = [line.strip() for line in result.out.splitlines() if line.strip()]
-    assert heading.split() == ["run", "state", "step", "samples/s", "goodput", "job", "last", "trouble"]
+    assert heading.split() == [
+        "run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last", "trouble"
+    ]  # fmt: skip
     assert [line.split() for line in lines] == [
-        ["runs/broken", "unknown", "-", "-", "-", "-"],
-        ["runs/new", "running", "1,200/4,690", "10,834", "97.3%", "12", "two"],
-        ["runs/old", "completed", "10/10", "-", "-", "-"],
-        ["runs/sweep/0", "failed", "3/10", "-", "-", "-", "OSError:", "disk", "full"],
+        ["runs/broken", "unknown", "-", "-", "-", "-", "-", "-"],
+        [
+            "runs/new",
+            "running",
+            "1,200/4,690",
+            "accuracy",
+            "0.6485",
+            "0.6502",
+            "10,834",
+            "97.3%",
+            "12",
+            "two",
+        ],
+        ["runs/old", "completed", "10/10", "-", "-", "-", "-", "-"],
+        ["runs/sweep/0", "failed", "3/10", "-", "-", "-", "-", "-", "OSError:", "disk", "full"],
     ]
     named = cli("status", "runs/sweep", "runs/old", "--json")
     rows = json.loads(named.out)
@@ -109,6 +123,13 @@ def test_the_table_holds_all_runs_and_tolerates_old_ones(
         ("runs/old", "completed"),
     ]
     assert rows[0]["reason"] == "OSError: disk full"
+
+
+def test_a_long_trouble_is_cut_to_the_width(cli: Callable[..., Finished], tmp_path: Path) -> None:
+    write_run(tmp_path / "runs" / "a", state="failed", step=3, total_steps=10, reason=80 * "long words ")
+    lines = [line for line in cli("status").out.splitlines() if line.strip()]
+    assert len(lines) == 3 and lines[-1].rstrip().endswith("…")
+    assert max(map(len, lines)) <= 200
 
 
 def test_without_runs_it_says_so(cli: Callable[..., Finished]) -> None:

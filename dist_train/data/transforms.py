@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.keys import key
+from dist_train.progress import counted
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
@@ -92,7 +93,8 @@ class ImageTransform:
         if self.mean is not None and self.std is not None:
             if len(self.mean) not in (1, tensor.shape[-3]):
                 raise UserError(
-                    f"data.mean has {len(self.mean)} values, but the images have {tensor.shape[-3]} channels."
+                    f"data.mean has {counted(len(self.mean), 'value')}, but the images have"
+                    f" {counted(tensor.shape[-3], 'channel')}."
                 )
             tensor = (tensor - self.mean) / self.std
         return tensor

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dist_train.checkpoint import write_output
 from dist_train.config import UserError
 
 Cell = tuple[torch.Tensor, str]  # an image [C, H, W] and its title
@@ -33,16 +35,12 @@ def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
         for axis, image, (_, title) in zip(line, _visible(pictures), pictures, strict=False):
             axis.imshow(image.numpy(), cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
             axis.set_title(title, fontsize=8, parse_math=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing"
-            )  # of a title in other letters than the font's
-            figure.savefig(output, format="png", dpi=120)
-    except OSError as error:
-        raise UserError(f"--output: {output} can't be written: {error.strerror}.") from None
-    finally:
-        plt.close(figure)
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a title in other letters than the font's
+        figure.savefig(drawn, format="png", dpi=120)
+    plt.close(figure)
+    write_output(output, drawn.getvalue())
 
 
 def _visible(cells: Sequence[Cell]) -> list[torch.Tensor]:

@@ -16,6 +16,9 @@ from dist_train import lock
 from dist_train.config import UserError
 from dist_train.tracking import read_status
 
+HEADINGS = ("run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last trouble")
+LEAST_TROUBLE = 20  # characters of the last column that are shown in any case
+
 
 def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, Any]]:
     """One dict for each run: what status.json holds, `run`, `slurm_state`, and a `state` that may be lost.
@@ -41,16 +44,20 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("run", "state", "step", "samples/s", "goodput", "job", "last trouble"):
-        right = heading in ("step", "samples/s", "goodput")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*_cells(row))
     # Piped output is not cut to the width of a terminal that isn't there.
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False).print(
-        table
-    )
+    width = None if sys.stdout.isatty() else 200
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in HEADINGS:
+        right = heading in ("step", "best", "samples/s", "goodput")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    cells = [_cells(row) for row in rows]
+    # The last column gets what the others leave, and is cut there: --json tells all.
+    others = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)][:-1]
+    room = max(LEAST_TROUBLE, console.width - sum(others) - 3 * len(others) - 2)
+    for *others_of_row, trouble in cells:
+        table.add_row(*others_of_row, trouble if len(trouble) <= room else f"{trouble[: room - 1]}…")
+    console.print(table)
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
@@ -122,8 +129,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["run"],
         row["state"],
         f"{step:,}/{total:,}" if isinstance(step, int) and isinstance(total, int) else "-",
+        *_metrics(row),
         f"{speed:,.0f}" if isinstance(speed, (int, float)) else "-",
         f"{goodput:.1%}" if isinstance(goodput, (int, float)) else "-",
         " ".join(filter(None, [str(row.get("slurm_job") or ""), row.get("slurm_state")])) or "-",
         trouble[-1] if trouble else "",
     ]
+
+
+def _metrics(row: dict[str, Any]) -> list[str]:
+    """The metric that chooses the best checkpoint, else the first one: its last value, and its best."""
+    last, best = row.get("metrics") or {}, row.get("best") or {}
+    name = next(iter(best or last), "")
+    values = [f"{value:.4g}" if isinstance(value := told.get(name), float) else "-" for told in (last, best)]
+    return [f"{name.removeprefix('eval/')} {values[0]}" if name else "-", values[1]]
