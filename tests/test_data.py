@@ -238,7 +238,7 @@ def test_a_whole_run_may_have_names_in_any_letters(
         assert "K\\xe4se.png" in (folder / "log.txt").read_text("utf-8")
     named = cli("config", *words, f"run.name={LATIN}")
     assert (named.rc, named.err.count("\n")) == (2, 1)
-    assert "argument 'run.name=K\\xe4se': is not written in UTF-8" in named.err
+    assert "argument 'run.name=K\\xe4se': is no text in utf-8, the encoding of this locale" in named.err
 
 
 def grey(folder: Path, name: str, array: np.ndarray) -> Path:

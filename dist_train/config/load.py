@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -39,11 +40,10 @@ def load(
     """
     files, overrides = [Path(path) for path in paths], list(overrides)
     for word in (*map(str, files), *overrides):
-        if not word.isascii() and re.search("[\ud800-\udfff]", word):  # bytes that could not be decoded
+        if not word.isascii() and re.search("[\udc80-\udcff]", word):  # bytes that could not be decoded
             shown = os.fsencode(word).decode(errors="backslashreplace")
-            raise UserError(
-                f"argument '{shown}': is not written in UTF-8, as all of a configuration must be."
-            )
+            encoding = sys.getfilesystemencoding()
+            raise UserError(f"argument '{shown}': is no text in {encoding}, the encoding of this locale.")
     name = files[0].stem if files else "run"
     sources = [[(_read_yaml(file), str(file))] for file in files]
     return _load([*sources, _read_overrides(overrides)], name, say)
