@@ -25,6 +25,20 @@ import torch
 from dist_train.config import UserError
 
 FORMAT = 1
+# What each file holds, and of which kinds.
+CONTENT: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "config": (dict,),
+    "model": (dict,),
+    "average": (dict, type(None)),
+    "optimizer": (dict,),
+    "scaler": (dict, type(None)),
+    "best": (int, float, type(None)),
+    "metrics": (dict,),
+    "losses": (list,),
+    "classes": (list,),
+    "sample_shape": (list,),
+}
 NAME = re.compile(r"step-(\d{8,})\.pt")
 FIRST_SECONDS = 60.0  # from the start to the first save whose cost is measured
 SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 3600.0
@@ -168,6 +182,9 @@ def verify(path: Path) -> None:
     """Reads the whole file against its checksums. Raises Damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
+            members, size = archive.infolist(), path.stat().st_size
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > size:
+                raise zipfile.BadZipFile("it would grow when it is read")  # torch.save compresses nothing
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise Damaged(f"{path}: the checkpoint is truncated or no checkpoint ({error}).") from None
@@ -190,14 +207,22 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path}: refused: it holds pickled code or objects, and loading those could run anything."
         ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, MemoryError) as error:
         raise Damaged(f"{path}: the checkpoint is damaged ({error}).") from None
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise UserError(f"{path}: not a checkpoint of dist_train.")
     if state["format"] > FORMAT:
         raise UserError(
             f"{path}: written by a newer dist_train (format {state['format']}, this one knows {FORMAT})."
         )
+    for key, kinds in CONTENT.items():
+        if not isinstance(state.get(key), kinds):
+            raise UserError(
+                f"{path}: not a checkpoint of dist_train: its '{key}' is missing or no such thing."
+            )
+    shape, classes = state["sample_shape"], state["classes"]
+    if not all(type(n) is int and n > 0 for n in shape) or not all(isinstance(c, str) for c in classes):
+        raise UserError(f"{path}: not a checkpoint of dist_train: it tells no shape, or no names of classes.")
     return state
 
 

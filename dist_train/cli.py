@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_train import __version__
-from dist_train.config import RunError, UserError, load_words
+from dist_train.config import RunError, UserError, load_words, printable
 from dist_train.config.schema import all_keys
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
@@ -30,6 +30,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Import and run whatever objects the file names, as if it were yours.")
+]
 Configs = Annotated[
     list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False,
                               help="YAML files and overrides, merged from left to right.")
@@ -45,11 +48,11 @@ def main() -> None:
         app()
     except UserError as error:
         if _is_main() or not error.everywhere:
-            print(f"dist-train: {error}", file=sys.stderr)
+            print(f"dist-train: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
         if _is_main():
-            print(f"dist-train: {error}", file=sys.stderr)
+            print(f"dist-train: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -89,14 +92,15 @@ def train(
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run's folder or a checkpoint file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure a run's best checkpoint on the whole eval set, exactly, on any number of processes."""
     from dist_train.predict import evaluate_run
 
-    metrics = evaluate_run(run, overrides or [])
+    metrics = evaluate_run(run, overrides or [], trust=trust)
     if _is_main():
         for name, value in metrics.items():
-            print(f"{name} {value:.6g}")
+            print(f"{printable(name)} {value:.6g}")
 
 
 @app.command()
@@ -106,12 +110,13 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Name the classes of images. Exit code 2 if any of them can't be read, after the others are done."""
     from dist_train import predict as prediction
 
     prediction.check_format(format)
-    rows, errors = prediction.predict(run, images, top)
+    rows, errors = prediction.predict(run, images, top, trust=trust)
     prediction.write(rows, format, output)
     if errors:
         raise UserError("\n".join(errors))
@@ -153,11 +158,12 @@ def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],
     output: Annotated[Path | None, typer.Option(help="Draw the images to this PNG file.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Rebuild a step on one CPU: its samples as the model saw them, and each one's loss."""
     from dist_train import replay as replaying
 
-    replayed = replaying.replay(run, step)
+    replayed = replaying.replay(run, step, trust)
     print(replaying.table(replayed))
     if output:
         replaying.picture(replayed, output)
@@ -305,7 +311,7 @@ def _refuse_keys_as_options(words: Sequence[str]) -> None:
 def _say(text: str) -> None:
     """Prints a line to stderr, from rank 0."""
     if _is_main():
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _is_main() -> bool:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parameter import is_lazy
 
 from dist_train.config import UserError, construct, import_object, nearest
 
@@ -100,6 +106,36 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
             " classifier of torchvision.models, timm/NAME, or package.module:object."
         )
     return _torchvision(name, args, sample_shape, num_classes)
+
+
+SPARE = 64 * 2**20  # bytes
+
+
+@contextmanager
+def no_larger(file_size: int, where: str) -> Iterator[None]:
+    """Models made within are those of a file: one that grows far beyond its size raises UserError at once.
+
+    Args:
+        file_size: of the file that holds the weights, in bytes.
+    """
+    made = 0
+
+    def count(module: nn.Module, name: str, value: torch.Tensor | None) -> None:
+        nonlocal made
+        if value is not None and not is_lazy(value):
+            made += value.numel() * value.element_size()
+        if made > 4 * file_size + SPARE:
+            raise UserError(f"{where}: the model that it asks for is far larger than the weights in it.")
+
+    hooks = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,63 +22,104 @@ from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime
 from dist_train import task as tasks
-from dist_train.config import GIVEN, UserError, from_mapping, nearest
+from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable
 from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
 
 FORMATS = ("table", "csv", "json")
 BATCH = 64  # images predicted at once
+MOST_VALUES = 2**26  # in an image of a model that may come from elsewhere
+# What arguments without sense make a model raise.
+UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError,
+               RuntimeError, MemoryError)  # fmt: skip
+# What an evaluation needs of a configuration: not where the run lies, how it was trained and mirrored.
+EVALUATED = ("data.", "model.", "task.", "eval.", "train.batch_size", "train.accumulate", "seed", "device",
+             "precision", "compile", "channels_last", "deterministic", "threads", "timeout_seconds",
+             "watchdog_seconds", "stop_after", "train.ema")  # fmt: skip
 
 
-def load_model(place: str | Path, *, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    place: str | Path, *, model: nn.Module | None = None, trust: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained model in evaluation mode, on the CPU, and the checkpoint's other contents.
 
     Args:
         place: a run's folder (its best checkpoint, else its newest) or a checkpoint file.
         model: gets the weights, instead of a model that is made by its name; one that a program gave to
             `fit` has none.
+        trust: whether the file may name any object, which is imported and called; otherwise only the models
+            of this package, torchvision and timm.
 
     Raises UserError if there is none, or none that can be trusted.
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path)
-    settings = saved["config"]["model"]
-    what = f"model '{settings['name']}'"
+    config = from_file(saved["config"], path, needed=[] if model else ["model."], trust=trust)
+    return _trained(path, saved, config, model, trust), saved
+
+
+def _trained(
+    path: Path, saved: dict[str, Any], config: Config, model: nn.Module | None, trust: bool
+) -> nn.Module:
+    """`model`, or the one that `config` names, with the weights of a checkpoint."""
+    what = f"model '{config.model.name}'"
     if model is not None:
         what = f"the {type(model).__name__} that is given"
     else:
-        args = {name: value for name, value in settings["args"].items() if name != "weights"}
-        model = models.build(settings["name"], args, saved["sample_shape"], max(1, len(saved["classes"])))
+        args, shape = dict(config.model.args), saved["sample_shape"]
+        for name in ("weights", "pretrained") if ":" not in config.model.name else ("weights",):
+            args.pop(name, None)  # those in the file take their place
+        if math.prod(shape) > MOST_VALUES and not trust:
+            raise UserError(f"{path}: images of shape {shape}; if you trust the file: --trust (trust=True).")
+        try:
+            with nullcontext() if trust else models.no_larger(path.stat().st_size, str(path)):
+                model = models.build(config.model.name, args, shape, max(1, len(saved["classes"])))
+        except UNBUILDABLE as error:
+            if trust:
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise UserError(f"{path}: {what} can't be built: {type(error).__name__}: {reason}.") from None
     try:
         model.load_state_dict(saved["average"] or saved["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: does not fit {what}: {reason}") from None
-    return model.eval(), saved
+    return model.eval()
 
 
 @torch.inference_mode()
 def predict(
-    place: str | Path, images: Iterable[Path], top: int = 3, *, model: nn.Module | None = None
+    place: str | Path,
+    images: Iterable[Path],
+    top: int = 3,
+    *,
+    model: nn.Module | None = None,
+    trust: bool = False,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The `top` most probable classes of each image, and a sentence for each that can't be read.
 
-    A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`. `model` is as
-    for `load_model`.
+    A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`. `model` and
+    `trust` are as for `load_model`.
     """
-    model, saved = load_model(place, model=model)
-    config, shape = from_mapping(saved["config"]), saved["sample_shape"]
-    classes, outputs = len(saved["classes"]), models.probe(model, shape, config.model.name)
+    path = checkpoint.find(place)
+    saved = checkpoint.load(path)
+    needed = ["data.eval_transform", "data.mean", "data.std", *([] if model else ["model."])]
+    config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
+    told, classes = completed(saved["config"]), len(saved["classes"])
+    if len(shape) != 3 or shape[0] not in (1, 3, 4):
+        raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
+    model = _trained(path, saved, config, model, trust)
+    outputs, task = models.probe(model, shape, config.model.name), told["task"]["name"]
     width = outputs.shape[1] if outputs.ndim == 2 else 0
     # A classifier may have spare outputs, as pretrained ones do; those of another task may mean anything.
-    if not width or (width < classes if config.task.name == "classification" else width != classes):
+    if not width or (width < classes if task == "classification" else width != classes):
         raise UserError(
-            f"{place}: predicts no classes: its task is '{config.task.name}', and its model gives"
+            f"{place}: predicts no classes: its task is '{task}', and its model gives"
             f" {list(outputs.shape[1:])} for an image, not one number for each of {classes} classes."
         )
-    if config.data.name.startswith(GIVEN):
+    if told["data"]["name"].startswith(GIVEN):
         print(
-            f"note: the run's images came from a '{config.data.name.removeprefix(GIVEN)}'; what it did to"
+            f"note: the run's images came from a '{told['data']['name'].removeprefix(GIVEN)}'; what it did to"
             " them itself is not done here, only data.eval_transform.",
             file=sys.stderr,
         )
@@ -137,23 +180,28 @@ def evaluate_run(
     train_data: Any = None,
     eval_data: Any = None,
     task: tasks.Task | None = None,
+    trust: bool = False,
 ) -> dict[str, float]:
     """The metrics of a run's best checkpoint on its whole eval set, on all the processes there are.
 
     Args:
-        overrides: `key=value` changes, such as data.root or device; the model stays as it is.
+        overrides: `key=value` changes, such as data.root or device.
         model, train_data, eval_data, task: used instead of what the configuration names, as in `fit`;
             the training set only where data.eval_fraction holds out a part of it.
+        trust: whether the file may name any object, as `overrides` may.
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path)
     # These are of no meaning here, and may not suit the eval set.
     unused = ["data.drop_last=false", "data.train_transform=null"]
-    config = from_mapping(saved["config"], [*overrides, *unused])
+    given = (("model.", model), ("task.", task), ("data.", eval_data))
+    needed = [key for key in EVALUATED if all(key != section or item is None for section, item in given)]
+    needed += ["data.eval_transform", "data.mean", "data.std"]
+    config = from_file(saved["config"], path, [*overrides, *unused], needed=needed, trust=trust)
     ranks = runtime.start(config)
     try:
         with ranks.together():
-            model, _ = load_model(path, model=model)
+            model = _trained(path, saved, config, model, trust)
             with ranks.main_of_node_first():
                 sets = data.build(config, train_data if eval_data is None else eval_data, eval_data)
             if sets.classes != saved["classes"][: len(sets.classes)]:  # fewer may be missing at the end
@@ -167,7 +215,7 @@ def evaluate_run(
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
         metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
         for _, reason in unread if ranks.is_main else ():
-            print(f"left out: {reason}", file=sys.stderr)
+            print(f"left out: {printable(reason)}", file=sys.stderr)
         return metrics
     finally:
         runtime.stop()
@@ -203,14 +251,17 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     ranks = [name for rank in range(1, width + 1) for name in (f"class_{rank}", f"probability_{rank}")]
     writer.writerow(["image", *ranks])
     for row in rows:
-        writer.writerow([row["image"], *(cell for pair in row["top"] for cell in pair)])
+        ranked = (cell for name, p in row["top"] for cell in (printable(name), p))
+        writer.writerow([printable(row["image"]), *ranked])
     return stream.getvalue()
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    cells = [[row["image"], *(f"{name} {p:6.1%}" for name, p in row["top"])] for row in rows]
+    cells = [
+        [printable(row["image"]), *(f"{printable(name)} {p:6.1%}" for name, p in row["top"])] for row in rows
+    ]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
     return "".join(f"{line.rstrip()}\n" for line in lines)

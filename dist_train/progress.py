@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from dist_train.config import printable
+
 MOVE_SECONDS = 0.2  # the least time from one picture of the bar to the next
 
 
@@ -53,6 +55,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Shows a line. A terminal or pipe that is gone stops nothing."""
+        text = printable(text)
         with contextlib.suppress(OSError):
             if self._bar:
                 self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)

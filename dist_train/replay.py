@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, optim, runtime
+from dist_train import checkpoint, data, models, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, UserError, from_mapping, load, to_mapping
+from dist_train.config import Config, UserError, completed, from_file, printable
 from dist_train.loop import steps
 from dist_train.meters import Clock
 from dist_train.progress import counted
@@ -28,6 +29,8 @@ from dist_train.runtime import Runtime
 from dist_train.tracking import SECONDS, read_attempts, read_status
 
 COLUMNS = 8
+REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
+            "channels_last", "deterministic", "threads", "on_nonfinite", "max_skips")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,14 @@ class Replayed:
     gradients: dict[str, float]  # norm of the gradient of each weight, before clipping
 
 
-def replay(run: Path, step: int) -> Replayed:
+def replay(run: Path, step: int, trust: bool = False) -> Replayed:
     """Rebuilds optimizer step `step`, counted from 1 as in metrics.jsonl, of the run in folder `run`.
 
     Each step is done as the attempt did it that came to it last: with its configuration, and its parts of
     the global batch.
+
+    Args:
+        trust: whether the run's files may name any object, which is imported and called.
 
     Raises UserError where there is no such run or step.
     """
@@ -72,10 +78,11 @@ def replay(run: Path, step: int) -> Replayed:
     while True:
         number = max(n for n, attempt in enumerate(attempts) if attempt["step"] <= done or n == 0)
         done = min([step, *(later["step"] for later in attempts[number + 1 :])])
-        config = _on_one_cpu(attempts[number], run)
+        config = _on_one_cpu(attempts[number], run, trust)
         ranks = runtime.start(config)
         try:
-            told, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
+            with nullcontext() if trust else models.no_larger(_size(run), str(run)):
+                told, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
         finally:
             runtime.stop()
         if done == step:
@@ -86,10 +93,24 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
     """The run's attempts, in their order. Raises UserError if there is no such run."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: there is no run with a config.yaml.")
-    processes = int(read_status(run).get("processes", 1))
-    config = to_mapping(load([run / "config.yaml"]))
+    if attempts := read_attempts(run):
+        if not all(map(_is_attempt, attempts)):
+            raise UserError(f"{run}/attempts.jsonl: not the record of a run's attempts.")
+        return attempts
     # Runs of older versions recorded the last attempt alone.
-    return read_attempts(run) or [{"step": 0, "processes": processes, "config": config}]
+    processes = read_status(run).get("processes", 1)
+    return [{"step": 0, "processes": int(processes), "config": completed(run / "config.yaml")}]
+
+
+def _is_attempt(line: Any) -> bool:
+    kinds = {"step": int, "processes": int, "config": dict}
+    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())
+
+
+def _size(run: Path) -> int:
+    """The size of the run's largest checkpoint; where there is none, what a model may take without one."""
+    sizes = [path.stat().st_size for path in checkpoint.newest_first(run / "checkpoints")]
+    return max(sizes, default=2**30)
 
 
 def _steps(
@@ -123,9 +144,9 @@ def _steps(
     return Replayed("", samples, mean, gradients), states.to_dict(config, state, sets, ranks)
 
 
-def _on_one_cpu(attempt: dict[str, Any], run: Path) -> Config:
+def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
     """The configuration of `attempt` for one process that cuts the global batch as its processes did."""
-    config = from_mapping(attempt["config"])
+    config = from_file(attempt["config"], run, needed=REPLAYED, trust=trust)
     half = "bf16" if config.precision == "bf16" else "fp32"
     return replace(
         config,
@@ -178,7 +199,9 @@ def table(replayed: Replayed) -> str:
     order = sorted(replayed.samples, key=lambda seen: math.inf if math.isnan(seen.loss) else seen.loss)
     for seen in reversed(order):
         place = f"rank {seen.rank}  sample {seen.sample:>8}"
-        lines.append(f"{place}  loss {seen.loss:<12.6g} {seen.label}  {seen.path}".rstrip())
+        lines.append(
+            f"{place}  loss {seen.loss:<12.6g} {printable(seen.label)}  {printable(seen.path)}".rstrip()
+        )
     broken = [name for name, norm in replayed.gradients.items() if not math.isfinite(norm)]
     if broken:
         lines.append(f"the gradient is not finite: {', '.join(broken)}")

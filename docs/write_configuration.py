@@ -74,6 +74,9 @@ arguments of `args`, and with those of the following that its signature takes.
   a function is the transform itself.
 - `data.target_transform`: a function of the label.
 
+Such names count where you write them: in your own files and arguments. In a checkpoint or a run's folder
+they are followed with `--trust` only: see [security](security.md).
+
 ## What may change when a run goes on
 
 A run goes on only with the configuration it was started with, except for keys that leave the meaning of the

@@ -3,7 +3,7 @@
 Imports nothing else of ours, and not torch: a typo is reported before anything heavy is loaded.
 """
 
-from dist_train.config.errors import RunError, UserError, nearest
+from dist_train.config.errors import RunError, UserError, nearest, printable
 from dist_train.config.load import (
     completed,
     from_mapping,
@@ -15,6 +15,7 @@ from dist_train.config.load import (
 )
 from dist_train.config.objects import GIVEN, construct, given_name, import_object
 from dist_train.config.schema import Config, Every, get, parse_seconds
+from dist_train.config.trust import from_file
 
 __all__ = [
     "GIVEN",
@@ -24,6 +25,7 @@ __all__ = [
     "UserError",
     "completed",
     "construct",
+    "from_file",
     "from_mapping",
     "get",
     "given_name",
@@ -33,6 +35,7 @@ __all__ = [
     "load_words",
     "nearest",
     "parse_seconds",
+    "printable",
     "to_mapping",
     "to_yaml",
 ]

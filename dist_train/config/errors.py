@@ -24,3 +24,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if not close:  # `lr` is meant as `optim.lr`
         close = [item for item in folded if item.rsplit(".", 1)[-1] == word.lower()][:1]
     return f" (did you mean '{folded[close[0]]}'?)" if close else ""
+
+
+def printable(text: str) -> str:
+    """`text` with what could steer a terminal or hide something (control characters) written as `\\x1b`."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )

@@ -65,9 +65,10 @@ def from_mapping(values: Mapping[str, Any], overrides: Iterable[str] = ()) -> Co
     return _load([[(_read_mapping(values), "config")], _read_overrides(overrides)], "run")
 
 
-def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded configuration with the keys that are new since then; nothing in it is resolved."""
-    merged, _ = _merged([[(_read_mapping(values), "config")]])
+def completed(recorded: Mapping[str, Any] | Path) -> dict[str, Any]:
+    """A recorded configuration (or its file) with the keys that are new since then; nothing is resolved."""
+    values = _read_yaml(recorded) if isinstance(recorded, Path) else _read_mapping(recorded)
+    merged, _ = _merged([[(values, "config")]])
     return OmegaConf.to_container(merged, resolve=False)  # type: ignore[return-value]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import lock
-from dist_train.config import UserError
+from dist_train.config import UserError, printable
 from dist_train.tracking import read_status
 
 HEADINGS = ("run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last trouble")
@@ -125,7 +125,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     speed, goodput = row.get("samples_per_second"), row.get("goodput")
     reason = row.get("reason") if row["state"] in ("failed", "interrupted") else ""
     trouble = str(reason or row.get("trouble") or "").strip().splitlines()
-    return [
+    cells = [
         row["run"],
         row["state"],
         f"{step:,}/{total:,}" if isinstance(step, int) and isinstance(total, int) else "-",
@@ -135,6 +135,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         " ".join(filter(None, [str(row.get("slurm_job") or ""), row.get("slurm_state")])) or "-",
         trouble[-1] if trouble else "",
     ]
+    return [printable(str(cell)) for cell in cells]
 
 
 def _metrics(row: dict[str, Any]) -> list[str]:

@@ -1,0 +1,153 @@
+"""Configurations in files that may come from elsewhere: what is not done in their name (docs/security.md)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train.config.errors import UserError
+from dist_train.config.interpolation import texts
+from dist_train.config.load import from_mapping
+from dist_train.config.objects import GIVEN
+from dist_train.config.schema import Config, get
+
+NAMES = ("model.name", "data.name", "task.name", "optim.name", "data.target_transform")
+TRANSFORMS = ("data.eval_transform", "data.train_transform")
+
+# Whose classes `module:Class` may name: to make one of them runs nothing but its own code.
+CLASSES = {
+    "torch.nn": "Module",
+    "torch.optim": "Optimizer",
+    "torchvision.models": "Module",
+    "torchvision.transforms.v2": "Transform",
+    "dist_train.task": "Classification",
+}
+# Data sets that neither unpack nor unpickle what they find, and whether they would download.
+SOURCES = dict.fromkeys(("image_folder", "csv", "arrays", "FakeData", "ImageFolder"), False) | dict.fromkeys(
+    ("fashion_mnist", "FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "STL10", "SVHN"), True
+)
+# Arguments of timm's models that read files, also pickled ones.
+FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+LIMITS = {
+    "threads": 4096,
+    "data.workers": 256,
+    "data.prefetch": 1024,
+    "train.batch_size": 2**20,
+    "train.accumulate": 2**16,
+    "eval.batch_size": 2**20,
+}
+LENGTH = 10_000  # the greatest length in a transform's arguments, in pixels
+
+
+def from_file(
+    values: Mapping[str, Any],
+    where: Path,
+    overrides: Sequence[str] = (),
+    *,
+    needed: Sequence[str],
+    trust: bool = False,
+) -> Config:
+    """The configuration that a checkpoint or a run's folder holds.
+
+    Args:
+        where: the file or folder, for messages.
+        overrides: `key=value`, the user's own.
+        needed: how the full keys begin that will be used; the others are left out.
+        trust: whether it may name any object, as the user's own configuration may.
+
+    Raises UserError for a name that is not ours, torch's, torchvision's or timm's, for what is to be taken
+    from the environment, and for sizes without sense.
+    """
+    given = tuple(word.removeprefix("~").partition("=")[0] for word in overrides)
+    values = _only(values, needed)
+    for place, text in texts(values):
+        key = ".".join(map(str, place))
+        if "${" in text and not trust and not _is_given(key, given):
+            raise UserError(
+                f"{where}: '{key}' is {text!r}, and nothing is looked up for a file that may come from"
+                f" elsewhere; give {key}=VALUE yourself, or trust the file by --trust (trust=True)."
+            )
+    try:
+        config = from_mapping(values, overrides)
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if str(error).startswith("config") else str(error)) from None
+    if trust:
+        return config
+    for key, why in _objections(config):
+        if not _is_given(key, given):
+            raise UserError(f"{where}: {key}: {why}; if you trust the file: --trust (trust=True).")
+    downloads = SOURCES.get(config.data.name) and not _is_given("data.root", given)
+    if downloads and not _is_given("data.args.download", given):
+        config.data.args["download"] = False
+    return config
+
+
+def _only(values: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+    """What is needed of a configuration, and a length, without which it is none."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            kept[name] = {k: v for k, v in value.items() if f"{name}.{k}".startswith(tuple(needed))}
+        elif str(name).startswith(tuple(needed)):
+            kept[name] = value
+    length = kept.setdefault("train", {})
+    if isinstance(length, dict) and not (length.get("epochs") or length.get("steps")):
+        length["steps"] = 1
+    return kept
+
+
+def _is_given(key: str, given: Sequence[str]) -> bool:
+    """Whether the user has set a full key, or what it belongs to, or replaced its object by another one."""
+    section, _, rest = key.partition(".")
+    if rest.startswith("args") and f"{section}.name" in given:
+        return True
+    return any(key == other or key.startswith((f"{other}.", f"{other}[")) for other in given)
+
+
+def _objections(config: Config) -> Iterator[tuple[str, str]]:
+    """(full key, why not) of what a file from elsewhere may not ask for."""
+    for key, name, args in _named(config):
+        if ":" in name and not name.startswith(GIVEN) and not _is_class(name):
+            yield key, f"'{name}' would be imported and run, and the file may come from elsewhere"
+        if "_transform" in key and (size := max(_numbers(args), default=0)) > LENGTH:
+            yield key, f"{name} with {size:,} is out of all proportion"
+        if name.startswith("timm/"):
+            for argument in sorted(set(FILES) & set(args)):
+                yield f"model.args.{argument}", "timm would read a file that is named there"
+    for key, most in LIMITS.items():
+        if (get(config, key) or 0) > most:
+            yield key, f"{get(config, key):,} is more than a file from elsewhere may ask for ({most:,})"
+    source = config.data.name
+    if ":" not in source and source not in SOURCES:
+        yield "data.root", f"{source} may unpack or unpickle what lies in a folder that the file names"
+
+
+def _named(config: Config) -> Iterator[tuple[str, str, Any]]:
+    """(full key, name, arguments) of each object that the configuration names."""
+    for key in NAMES:
+        section = getattr(config, key.partition(".")[0])
+        yield key, get(config, key) or "", section.args
+    for key in TRANSFORMS:
+        for position, item in enumerate(get(config, key) or ()):
+            for name, args in item.items() if isinstance(item, dict) else [(item, {})]:
+                yield f"{key}[{position}]", str(name), args
+
+
+def _is_class(name: str) -> bool:
+    """Whether it is one of the classes of CLASSES; looked up in what is imported anyway."""
+    module, _, attribute = name.partition(":")
+    found = getattr(sys.modules.get(module), attribute, None) if module in CLASSES else None
+    if not isinstance(found, type):
+        return False
+    return CLASSES[module] in (base.__name__ for base in found.__mro__)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in nested mappings and lists."""
+    if isinstance(value, (int, float)):
+        yield abs(value)
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
