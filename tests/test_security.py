@@ -17,7 +17,7 @@ from PIL import Image
 
 from dist_train import fit, load
 from dist_train.checkpoint import load as load_checkpoint
-from dist_train.config import UserError
+from dist_train.config import UserError, from_file
 from dist_train.predict import evaluate_run, load_model, predict, write
 from dist_train.replay import replay, table
 from tests.conftest import SMALL, Finished, one_after_the_other, pictures, write_npz
@@ -184,6 +184,8 @@ def test_classes_that_run_nothing_of_others_need_no_trust(world: Path) -> None:
             {"model.name": "timm/resnet18", "model.args": {"checkpoint_path": "x"}},
             "model.args.checkpoint_path",
         ),
+        ({"model.name": "timm/resnet18", "model.args": {"model_name": "hf-hub:x"}}, "model.args.model_name"),
+        ({"data.args": {"root": "x"}}, "data.args.root"),
         ({"model": "x"}, "model"),
         ({"data.mean": {"a": 1}}, "data.mean"),
     ],
@@ -196,6 +198,14 @@ def test_sizes_folders_and_secrets_that_a_file_may_not_ask_for(
         evaluate_run(RUN)
     for word in words.split("  "):
         assert word in str(caught.value)
+
+
+def test_a_configuration_nested_without_end_is_a_sentence(world: Path) -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    with pytest.raises(UserError, match="nested too deeply"):
+        from_file({"model": {"args": nested}}, RUN, needed=["model."])
 
 
 def test_what_is_not_needed_is_not_looked_up(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ CLASSES = {
 SOURCES = dict.fromkeys(("image_folder", "csv", "arrays", "FakeData", "ImageFolder"), False) | dict.fromkeys(
     ("fashion_mnist", "FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "STL10", "SVHN"), True
 )
-# Arguments of timm's models that read files, also pickled ones.
-FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+# Arguments of timm's models that read files, also pickled ones, or name another model, also one of a hub.
+FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "model_name")
 LIMITS = {
     "threads": 4096,
     "data.workers": 256,
@@ -62,7 +62,11 @@ def from_file(
     """
     given = tuple(word.removeprefix("~").partition("=")[0] for word in overrides)
     values = _only(values, needed)
-    for place, text in texts(values):
+    try:
+        written = list(texts(values))
+    except RecursionError:
+        raise UserError(f"{where}: its configuration is nested too deeply.") from None
+    for place, text in written:
         key = ".".join(map(str, place))
         if "${" in text and not trust and not _is_given(key, given):
             raise UserError(
@@ -115,10 +119,12 @@ def _objections(config: Config) -> Iterator[tuple[str, str]]:
             yield key, f"{name} with {size:,} is out of all proportion"
         if name.startswith("timm/"):
             for argument in sorted(set(FILES) & set(args)):
-                yield f"model.args.{argument}", "timm would read a file that is named there"
+                yield f"model.args.{argument}", "timm would read a file that it names"
     for key, most in LIMITS.items():
         if (get(config, key) or 0) > most:
             yield key, f"{get(config, key):,} is more than a file from elsewhere may ask for ({most:,})"
+    if "root" in config.data.args:
+        yield "data.args.root", "it would take the place of data.root"
     source = config.data.name
     if ":" not in source and source not in SOURCES:
         yield "data.root", f"{source} may unpack or unpickle what lies in a folder that the file names"
