@@ -64,7 +64,7 @@ def test_a_run_interrupted_in_mid_epoch_says_try_again_and_then_completes(
     assert (status["state"], status["attempts"], status["total_steps"]) == ("interrupted", 1, 100_000)
     assert name in status["reason"]
     assert 100 <= step < 100_000
-    assert f"interrupted at step {step:,}" in out
+    assert f"interrupted at step {step:,}: runs/run; the same command goes on with it" in out
     assert last(tmp_path)["step"] == step
 
     total = f"train.steps={step + 123}"

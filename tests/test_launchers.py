@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from dist_train.config import UserError
 from dist_train.launchers import check_slurm, first_host, slurm_ranks, tasks_on_node
+from dist_train.runtime import micro_batch
 
 STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
@@ -53,3 +56,18 @@ def test_lists_of_nodes_and_tasks() -> None:
     names = {"gpu[003-005,9],x": "gpu003", "a,b[1-2]": "a", "n7": "n7", "r[1,4]-ib": "r1-ib"}
     assert {nodes: first_host(nodes) for nodes in names} == names
     assert [tasks_on_node("2(x2),1", node) for node in range(3)] == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size", "accumulate", "told"),
+    [
+        (7, 1, 2, "by 1 process x 2 accumulation steps"),
+        (7, 2, 1, "by 2 processes x 1 accumulation step; use 6 or 8; with 7 it runs on 1, 7 processes"),
+        (2, 3, 2, "by 3 processes x 2 accumulation steps; use 6; with 2 it runs on 1 process."),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_told_in_plain_english(
+    batch: int, world_size: int, accumulate: int, told: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        micro_batch(batch, world_size, accumulate)

@@ -46,6 +46,7 @@ def test_the_run_stops_and_tells_the_samples_of_each_rank_and_how_to_replay(
     assert [result.rc for result in results] == [1, 1], results[0]
     told = results[0].err.splitlines()[-1]
     assert told.startswith(f"dist-train: step {first}: its loss is not finite"), results[0]
+    assert "a lower optim.lr than" in told
     assert not any("Traceback" in result.err for result in results)
     assert "dist-train: " not in results[1].err
     run = tmp_path / "runs" / "run"
