@@ -84,7 +84,7 @@ def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, flo
             os.fsync(file.fileno())
         os.replace(file.name, folder / "bare.pt")  # as ours: the one before it is there until then
 
-    first = took(lambda: saver.save(state, best=False))
+    first = took(lambda: saver.save(state))
     beside = steps(lambda: saver.failure != "" or (saver.folder / "last.pt").exists())
     saver.wait()
     end = time.monotonic() + 2
@@ -93,7 +93,7 @@ def stalls(state: dict[str, Any], folder: Path, rounds: int) -> tuple[Times, flo
         state["step"] = number
         for side in (COPY, OURS, BARE)[:: -1 if number % 2 else 1]:
             if side == OURS:
-                times[OURS].append(took(lambda: saver.save(state, best=False)))
+                times[OURS].append(took(lambda: saver.save(state)))
                 times[WAITING].append(times[OURS][-1] + took(saver.wait))
                 assert not saver.failure, saver.failure
             else:
@@ -132,7 +132,7 @@ def resumes(folder: Path, rounds: int) -> Times:
     for step, config in configs.items():
         state.step = step
         saver = checkpoint.Checkpoints(config.run_dir, 1, print)
-        saver.save(states.to_dict(config, state, sets, ranks), best=False)
+        saver.save(states.to_dict(config, state, sets, ranks))
         assert not saver.wait()
     times: Times = {f"step {step:,}": [] for step in STEPS}
     for number in range(rounds + 1):

@@ -12,17 +12,18 @@ import math
 import os
 import pickle
 import re
+import sys
 import threading
 import time
 import zipfile
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_train.config import UserError
+from dist_train.snapshot import is_finite, to_cpu, unreadable
 
 FORMAT = 1
 # What each file holds, and of which kinds.
@@ -51,7 +52,8 @@ class Damaged(UserError):
 class Checkpoints:
     """The folder of a run's checkpoints, on rank 0.
 
-    A save that fails, as on a full disk, ends nothing: it is told, and the next one tries again.
+    A save that fails, as on a full disk, ends nothing: it is told, and the next one tries again. Each file
+    tells by `best_step` which one is the best; the links best.pt and last.pt are made from that.
 
     Args:
         run: the run's folder; they lie in its `checkpoints`.
@@ -65,20 +67,33 @@ class Checkpoints:
         for stray in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
             stray.unlink(missing_ok=True)
         self.failure = ""  # why the last save failed, or empty
-        self.is_owed = False  # whether that was to be the best one
+        self.is_broken = False  # whether the next one would fail like the last one
         self.best: float | None = None  # value of the metric in the best one
+        self.best_step: int | None = None
         self.stall_seconds: list[float] = []  # of each save: what the loop waited for it
         self.write_seconds = 0.0  # of the last save
+        self._whole: dict[str, bool] = {}  # by name: those that were written or verified by this process
         self._writer: threading.Thread | None = None
         self._copy: Any = None
 
-    def save(self, state: dict[str, Any], best: bool) -> None:
+    def go_on(self, step: int, best: float | None, best_step: int | None) -> None:
+        """Begins with the checkpoint of `step`, which is whole, and the best of those that are there."""
+        self.best, self.best_step = best, best_step
+        names = {name_of(number) for number in (step, best_step) if number is not None}
+        self._whole = dict.fromkeys(names, True)
+        self._link(step)
+
+    def save(self, state: dict[str, Any]) -> None:
         """Copies `state` to memory, then writes it in a thread; waits first for the save before it."""
         begin = time.monotonic()
         self.wait()
+        if bad := unreadable(state):
+            self.is_broken = True
+            self._fail(state["step"], bad)
+            return
         self._copy = to_cpu(state, self._copy)  # the loop goes on changing the weights
         self._writer = threading.Thread(
-            target=self._write, args=(self._copy, best), name="checkpoint", daemon=True
+            target=self._write, args=(self._copy,), name="checkpoint", daemon=True
         )
         self._writer.start()
         self.stall_seconds.append(time.monotonic() - begin)
@@ -100,34 +115,62 @@ class Checkpoints:
         best = math.sqrt(2 * (sum(costs) / len(costs)) * between_interruptions)
         return min(max(best, SHORTEST_SECONDS, 4 * self.write_seconds), LONGEST_SECONDS)
 
-    def _write(self, state: dict[str, Any], best: bool) -> None:
-        begin = time.monotonic()
-        path = self.folder / f"step-{state['step']:08d}.pt"
+    def _write(self, state: dict[str, Any]) -> None:
+        begin, step = time.monotonic(), state["step"]
+        path = self.folder / name_of(step)
         try:
             if names := [name for name, value in state["model"].items() if not is_finite(value)]:
                 raise ValueError(f"the weights are not finite ({names[0]})")
             write_atomically(path, lambda file: torch.save(state, file))
-            _point(self.folder / "last.pt", path.name)
-            if best:
-                _point(self.folder / "best.pt", path.name)
-                self.best = state.get("best")
+            self._whole[path.name] = True
+            self.best, self.best_step = state.get("best"), state.get("best_step")
+            self._link(step)
             self._prune()
-            self.failure, self.is_owed = "", False
-        # torch turns an error of the file system into a RuntimeError of its own.
-        except (OSError, RuntimeError, ValueError) as error:
-            self.is_owed = best
+            self.failure = ""
+        except Exception as error:
+            # These may go away by themselves; torch makes a RuntimeError of one of the file system.
+            self.is_broken = not isinstance(error, (OSError, RuntimeError, ValueError))
             why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
-            self.failure = f"{path} could not be written: {why}"
-            self._say(f"{self.failure}; the checkpoints before it are untouched, the next one is tried.")
+            self._fail(step, f"{type(error).__name__}: {why}" if self.is_broken else why)
         self.write_seconds = time.monotonic() - begin
 
+    def _fail(self, step: int, why: str) -> None:
+        self.failure = f"{self.folder / name_of(step)} could not be written: {why}"
+        end = "" if self.is_broken else ", the next one is tried"
+        self._say(f"{self.failure}; the checkpoints before it are untouched{end}.")
+
+    def _link(self, newest: int) -> None:
+        """Makes the links what the files say, whatever a process that was killed has left."""
+        for name, step in (("last.pt", newest), ("best.pt", self.best_step)):
+            if step is not None:
+                _point(self.folder / name, name_of(step))
+            elif (self.folder / name).is_symlink():
+                (self.folder / name).unlink()
+
     def _prune(self) -> None:
-        """Deletes what is neither among the newest nor the best; only after a new one is durable."""
-        best = self.folder / "best.pt"
-        kept = {best.resolve().name} if best.is_symlink() else set()
-        for path in newest_first(self.folder)[self.keep :]:
-            if path.name not in kept:
+        """Deletes what is older than the newest ones and not the best; only after a new one is durable.
+
+        Only whole ones count. A damaged one among them is left as it is.
+        """
+        whole = 0
+        for path in newest_first(self.folder):
+            if whole < self.keep:
+                if path.name not in self._whole:
+                    self._whole[path.name] = is_whole(path)
+                whole += self._whole[path.name]
+            elif step_of(path) != self.best_step:
                 path.unlink(missing_ok=True)
+
+
+def name_of(step: int) -> str:
+    """The name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}.pt"
+
+
+def is_linked(folder: Path, newest: int, best_step: int | None) -> bool:
+    """Whether last.pt and best.pt are what they should be."""
+    wanted = {"last.pt": newest} | ({} if best_step is None else {"best.pt": best_step})
+    return all((folder / name).resolve().name == name_of(step) for name, step in wanted.items())
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -160,21 +203,35 @@ def newest_good(folder: Path, warn: Callable[[str], None], before: float = math.
     return None
 
 
-def find(place: str | Path) -> Path:
-    """The checkpoint that `place` means: a file, or in a run's folder the best, else the newest.
+def tell(text: str) -> None:
+    """Shows a note of a command that has no log."""
+    print(f"note: {text}", file=sys.stderr)
 
-    Raises UserError if there is none.
+
+def find(place: str | Path, warn: Callable[[str], None] = tell) -> Path:
+    """The whole checkpoint that `place` means: a file, or in a run's folder the best, else the newest.
+
+    Damaged ones of a folder are passed over, of which `warn` hears. Raises UserError if there is none, and
+    Damaged if none is whole.
     """
     place = Path(place)
     if place.is_file():
+        verify(place)
         return place
     if not place.exists():
         raise UserError(f"{place}: there is no such run or checkpoint file.")
     for folder in (place / "checkpoints", place):
-        if (folder / "best.pt").exists():
-            return folder / "best.pt"
-        if found := newest_first(folder):
-            return found[0]
+        best = folder / "best.pt"
+        try:
+            if best.exists():
+                verify(best)
+                return best
+        except Damaged as error:
+            warn(f"{error} The newest good one takes its place.")
+        if found := newest_good(folder, warn):
+            return found
+        if best.exists() or newest_first(folder):
+            raise Damaged(f"{folder}: all its checkpoints are damaged.")
     raise UserError(f"{place}: holds no checkpoint; give a run's folder or a .pt file.")
 
 
@@ -192,6 +249,15 @@ def verify(path: Path) -> None:
         raise Damaged(f"{path}: the checkpoint is damaged ({error}).") from None
     if broken:
         raise Damaged(f"{path}: the checkpoint is damaged (checksum of {broken}).")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file agrees with its checksums."""
+    try:
+        verify(path)
+    except Damaged:
+        return False
+    return True
 
 
 def load(path: Path, verified: bool = False) -> dict[str, Any]:
@@ -226,45 +292,13 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     return state
 
 
-def to_cpu(value: Any, memory: Any = None) -> Any:
-    """A copy of nested dicts and lists with every tensor copied to the CPU.
-
-    Args:
-        memory: an earlier copy that nobody needs any more; its tensors are overwritten where they fit,
-            since new memory costs as much as the copy itself.
-    """
-    copy = _to_cpu(value, memory)
-    if torch.cuda.is_initialized():  # copies into page-locked memory are under way
-        torch.cuda.synchronize()
-    return copy
-
-
-def _to_cpu(value: Any, memory: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        fits = isinstance(memory, torch.Tensor) and memory.dtype == value.dtype
-        if not fits or memory.shape != value.shape or memory.stride() != value.stride():
-            memory = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return memory.copy_(value.detach(), non_blocking=value.is_cuda)
-    if isinstance(value, dict):
-        known = memory if isinstance(memory, dict) else {}
-        return {key: _to_cpu(item, known.get(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        before = list(memory)[: len(value)] if isinstance(memory, (list, tuple)) else []
-        items = zip_longest(value, before)
-        return type(value)(_to_cpu(item, old) for item, old in items)
-    return value
-
-
-def is_finite(value: torch.Tensor) -> bool:
-    """Whether a tensor holds finite numbers only; what holds whole numbers always does."""
-    return not value.is_floating_point() or bool(value.isfinite().all())
-
-
 def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -> None:
     """The model's weights alone, as a safetensors file that any library reads."""
     from safetensors.torch import save
 
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    values = model.state_dict().items()
+    tensors = {name: value for name, value in values if isinstance(value, torch.Tensor)}  # no extra state
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     seen: dict[int, str] = {}
     for name, value in state.items():  # safetensors stores no shared memory
         if seen.setdefault(value.data_ptr(), name) != name and value.numel():
@@ -305,6 +339,8 @@ def write_output(path: Path, data: bytes) -> None:
 
 def _point(link: Path, name: str) -> None:
     """Makes `link` a symbolic link to the file `name` beside it, replacing an older one at once."""
+    if link.is_symlink() and os.readlink(link) == name:
+        return
     temporary = link.with_name(f"{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)

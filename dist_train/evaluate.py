@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from dist_train.config import UserError
+from dist_train.config import RunError, UserError
 from dist_train.data import Batch
 from dist_train.runtime import Runtime
 from dist_train.task import Task, measure
@@ -59,13 +59,16 @@ def evaluate(
     if any(stopped for _, stopped, _ in ranks):
         return {}, unread
     some = [sums for sums, _, _ in ranks if sums]  # a rank without samples has none
+    if not some:
+        first = f" could be read; the first: {unread[0][1]}" if unread else " is there"
+        raise RunError(f"data: not one sample of the eval set{first}")
     if any(sums.keys() != some[0].keys() or len({n for _, n in sums.values()}) > 1 for sums in some):
         raise UserError(
             f"task: '{type(task).__name__}' gives some metrics for a part of the batches only; it must give"
             " the same ones each time."
         )
     means = {}
-    for name in some[0] if some else ():
+    for name in some[0]:
         parts = [sums[name] for sums in some]
         means[f"eval/{name}"] = math.fsum(p[0] for p in parts) / sum(p[1] for p in parts)
     return means, unread

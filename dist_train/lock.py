@@ -59,6 +59,8 @@ class Lock:
         time.sleep(0.1)  # of two that found the same stale lock, the later one has replaced the earlier one's
         if not self.is_ours():
             raise UserError(f"{self.path.parent}: another attempt has just started to train this run.")
+        for stray in self.path.parent.glob("lock.*"):  # of a process that was killed right here
+            stray.unlink(missing_ok=True)
 
     def is_ours(self) -> bool:
         """Whether no other attempt has taken the lock."""

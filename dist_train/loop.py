@@ -132,7 +132,7 @@ def loop(
     """
     per_epoch = sets.steps_per_epoch(config)
     eval_every, save_every = Every.parse(config.eval.every), Every.parse(config.checkpoint.every)
-    best = Best.parse(config.checkpoint.best or task.best)
+    best = Best.parse(state.best_by)
     eval_batches = sets.eval_loader(config, ranks)
     batches: Iterator[data.Batch] = iter(sets.train_loader(config, ranks, state.step, total))
     if config.log.batches:
@@ -158,18 +158,18 @@ def loop(
             if state.metrics:
                 tracker.log(state.step, (state.step - 1) // per_epoch, state.metrics)
 
-    def save(is_best: bool) -> None:
+    def save() -> None:
         watchdog.beat(state.step, "saving")
         if tracker:
             tracker.flush()
         state.losses = window.losses
         with clock.aside("saving"):
             if saver and saver.wait():  # the best one may be among those that failed
-                state.best = saver.best
-            if is_best:
-                state.best = state.metrics[best.metric]
+                state.best, state.best_step = saver.best, saver.best_step
+            if best.improves(state.metrics, state.best):
+                state.best, state.best_step = state.metrics[best.metric], state.step
             if saver:
-                saver.save(states.to_dict(config, state, sets, ranks), is_best)
+                saver.save(states.to_dict(config, state, sets, ranks))
 
     def seconds_to_save() -> float:
         """After how many seconds a save is due, or 0 for never."""
@@ -183,7 +183,7 @@ def loop(
         measure()
         if not state.metrics:
             return why_stopped(ranks, interrupt)
-        save(best.improves(state.metrics, state.best))
+        save()
 
     for done in steps(config, ranks, state, task, schedule, batches, total, clock, watchdog.beat):
         window.add(done.losses)
@@ -205,7 +205,7 @@ def loop(
         watchdog.beat(state.step, "waiting for other ranks")
         timed = ranks.is_main and 0 < seconds_to_save() < time.monotonic() - saved_at
         stop_asked, save_now, gone, seconds, unread = window.meet(
-            interrupt.is_set(),
+            interrupt.is_set() or (saver is not None and saver.is_broken),
             timed,
             ranks.is_main and not config.run_dir.exists(),
             clock.seconds_per_step,
@@ -233,7 +233,7 @@ def loop(
             stop = not state.metrics  # a signal came in the middle of it: the next attempt repeats it
         is_best = best.improves(state.metrics, state.best)
         if save_due or save_now or stop or is_best:
-            save(is_best)
+            save()
             saved_at = time.monotonic()
         if tracker:
             tracker.skipped = state.skipped
@@ -244,7 +244,7 @@ def loop(
     failure = ""
     with clock.aside("saving"):
         if saver and saver.wait():  # once more: there may be room now
-            saver.save(states.to_dict(config, state, sets, ranks), saver.is_owed)
+            saver.save(states.to_dict(config, state, sets, ranks))
             failure = saver.wait()
         failure = ranks.from_main(failure)
     if failure:
@@ -252,8 +252,13 @@ def loop(
     if state.step < total or not state.metrics:
         return why_stopped(ranks, interrupt)
     if saver:
-        names = {"classes": "\n".join(sets.classes)}
-        checkpoint.save_weights(config.run_dir / "model.safetensors", state.evaluated, names)
+        names = {"classes": "\n".join(map(str, sets.classes))}
+        try:
+            checkpoint.save_weights(config.run_dir / "model.safetensors", state.evaluated, names)
+        except OSError as error:
+            failure = f"{config.run_dir}/model.safetensors could not be written: {error.strerror}"
+    if failure := ranks.from_main(failure):
+        raise RunError(f"{failure}; the checkpoint is saved, the same command writes it again.")
     return ""
 
 

@@ -162,7 +162,8 @@ def average_updater(average: nn.Module, model: nn.Module, decay: float) -> Calla
     A young average moves faster, by the step alone: nothing but the weights is state. Numbers that are
     not floating point (BatchNorm's counters) are copied.
     """
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values(), strict=True))
+    both = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
+    pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]  # not what get_extra_state gives
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     others = [pair for pair in pairs if not pair[0].is_floating_point()]
     old, new = [pair[0] for pair in floats], [pair[1] for pair in floats]

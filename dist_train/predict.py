@@ -53,7 +53,7 @@ def load_model(
     Raises UserError if there is none, or none that can be trusted.
     """
     path = checkpoint.find(place)
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, verified=True)
     config = from_file(saved["config"], path, needed=[] if model else ["model."], trust=trust)
     return _trained(path, saved, config, model, trust), saved
 
@@ -190,8 +190,9 @@ def evaluate_run(
             the training set only where data.eval_fraction holds out a part of it.
         trust: whether the file may name any object, as `overrides` may.
     """
-    path = checkpoint.find(place)
-    saved = checkpoint.load(path)
+    told: list[str] = []
+    path = checkpoint.find(place, told.append)
+    saved = checkpoint.load(path, verified=True)
     # These are of no meaning here, and may not suit the eval set.
     unused = ["data.drop_last=false", "data.train_transform=null"]
     given = (("model.", model), ("task.", task), ("data.", eval_data))
@@ -200,6 +201,8 @@ def evaluate_run(
     config = from_file(saved["config"], path, [*overrides, *unused], needed=needed, trust=trust)
     ranks = runtime.start(config)
     try:
+        for note in told if ranks.is_main else ():
+            checkpoint.tell(note)
         with ranks.together():
             model = _trained(path, saved, config, model, trust)
             with ranks.main_of_node_first():

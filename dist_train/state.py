@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class State:
     average: nn.Module | None = None  # moving average of the weights
     step: int = 0  # optimizer steps done
     best: float | None = None  # best value of the metric that chooses the best checkpoint
+    best_step: int | None = None  # of that checkpoint; None also in files of older versions
+    best_by: str = ""  # which metric that is, as "max eval/accuracy"; empty: the task's own
     metrics: dict[str, float] = field(default_factory=dict)  # of an evaluation at this very step
     losses: list[float] = field(default_factory=list)  # of the steps since the last row of metrics
     skipped: int = 0  # steps whose update was dropped because it was not finite
@@ -105,17 +107,19 @@ def to_dict(config: Config, state: State, data: Data, ranks: Runtime) -> dict[st
         "optimizer": state.optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
         "best": state.best,
+        "best_step": state.best_step,
+        "best_by": state.best_by,
         "metrics": state.metrics,
         "losses": state.losses,
         "skipped": state.skipped,
         "world_size": ranks.world_size,  # of no meaning for the steps to come: for the replay of this one
-        "classes": data.classes,
+        "classes": list(map(str, data.classes)),
         "sample_shape": list(data.sample_shape),
     }
 
 
 def choose(config: Config, warn: Any) -> Path | None:
-    """The checkpoint from which the run goes on, or None for a fresh start.
+    """The whole checkpoint from which the run goes on, or None for a fresh start.
 
     Raises UserError where `resume` forbids to go on, and where no checkpoint is whole.
     """
@@ -128,7 +132,39 @@ def choose(config: Config, warn: Any) -> Path | None:
         if good is None:
             raise UserError(f"{folder}: all {len(existing)} checkpoints are damaged; move the folder away.")
         return good
-    return None if config.resume in ("auto", "never") else checkpoint.find(config.resume)
+    return None if config.resume in ("auto", "never") else checkpoint.find(config.resume, warn)
+
+
+def best_so_far(
+    config: Config, state: State, by: str, say: Callable[[str], None]
+) -> tuple[float | None, int | None]:
+    """Value and step of the best checkpoint in the run's folder by the metric `by`, or (None, None).
+
+    It is the one that the state names. Where that is damaged, or was the best by another metric, it is the
+    best of those that are there, by the evaluations in them.
+    """
+    best, folder = Best.parse(by), config.run_dir / "checkpoints"
+    files = [path for path in checkpoint.newest_first(folder) if checkpoint.step_of(path) <= state.step]
+    if not files or not best.sign:
+        return None, None
+    if state.best_by == by:
+        if state.best is None:
+            return None, None
+        if state.best_step is not None:
+            try:
+                checkpoint.verify(folder / checkpoint.name_of(state.best_step))
+                return state.best, state.best_step
+            except checkpoint.Damaged as error:
+                say(f"{error} The best of those that are left takes its place.")
+    value = step = None
+    for path in reversed(files):  # of equal ones the first is the best
+        metrics = checkpoint.load(path)["metrics"] if checkpoint.is_whole(path) else {}
+        if best.metric in metrics and best.improves(metrics, value):
+            value, step = metrics[best.metric], checkpoint.step_of(path)
+    if state.best_by != by:
+        found = f"that of step {step:,} is the best ({value:.4g})" if step is not None else "none has one"
+        say(f"checkpoint.best: by {by} now, by {state.best_by} before; of the checkpoints here {found}.")
+    return value, step
 
 
 def restore(
@@ -151,7 +187,9 @@ def restore(
         )
     fill(config, saved, state, ranks, str(path))
     noted = [change for change in differences if not change.startswith("run.")]
-    notes = [f"going on from {path} (step {state.step:,})", *(f"changed: {item}" for item in noted)]
+    whose = "" if own else ", the state of another run: its weights, its optimizer and its step"
+    begin = f"going on from {path} (step {state.step:,}){whose}"
+    notes = [begin, *(f"changed: {item}" for item in noted)]
     if own and saved.get("world_size", ranks.world_size) != ranks.world_size:
         notes.append(
             f"{counted(ranks.world_size, 'process')} now, {saved['world_size']} before: the global batch"
@@ -174,6 +212,8 @@ def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, wh
     if (scaler := ranks.accelerator.scaler) and saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
     state.step, state.best = saved["step"], saved["best"]
+    state.best_step = saved.get("best_step")
+    state.best_by = saved.get("best_by") or saved["config"]["checkpoint"]["best"]
     state.metrics, state.losses = saved["metrics"], saved["losses"]
     state.skipped = saved.get("skipped", 0)
 

@@ -24,8 +24,9 @@ from dist_train.loop import loop, why_stopped
 from dist_train.meters import Best, Clock
 from dist_train.progress import Progress, counted
 from dist_train.runtime import Runtime
+from dist_train.snapshot import unreadable
 from dist_train.task import Task
-from dist_train.tracking import SECONDS, Tracker
+from dist_train.tracking import SECONDS, Tracker, read_status
 from dist_train.watchdog import Watchdog
 
 
@@ -122,8 +123,11 @@ def _fit(
     with ranks.together():
         if start:
             notes += states.restore(config, start, state, ranks, allow_changes)
+            _check_length(config, start, state.step, total)
+        if bad := unreadable(states.to_dict(config, state, sets, ranks)):
+            raise UserError(f"a checkpoint of this run could not be used: {bad}.")
     best = Best.parse(config.checkpoint.best or task.best)
-    if state.step >= total and state.metrics:
+    if ranks.from_main(_is_finished(config, state, total)):
         if ranks.is_main:
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics, best.told(state.best))
@@ -140,7 +144,9 @@ def _fit(
             notes += states.restore(config, newest, state, ranks, allow_changes)
         if lock:
             notes = [*_describe(config, ranks, sets, total), *sets.notes, *notes]
-            tracker, saver = _open_record(config, ranks, total, started, state, notes)
+            tracker, saver = _open_record(config, ranks, total, started, state, task, notes)
+    state.best, state.best_step = ranks.from_main((saver.best, saver.best_step) if saver else None)
+    state.best_by = config.checkpoint.best or task.best
     account = tracker.account.seconds if tracker else dict.fromkeys(SECONDS, 0.0)
     watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
     interrupt.can_save = True
@@ -185,7 +191,13 @@ def _take(lock: Lock, config: Config, notes: list[str]) -> None:
 
 
 def _open_record(
-    config: Config, ranks: Runtime, total: int, started: float, state: states.State, notes: list[str]
+    config: Config,
+    ranks: Runtime,
+    total: int,
+    started: float,
+    state: states.State,
+    task: Task,
+    notes: list[str],
 ) -> tuple[Tracker, checkpoint.Checkpoints]:
     """The record of this attempt, and where its checkpoints go, on rank 0.
 
@@ -200,10 +212,42 @@ def _open_record(
             tracker.say(note)
         tracker.mirror(config)
         saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, tracker.warn)
+        by = config.checkpoint.best or task.best
+        state.best_by = state.best_by or task.best
+        best, best_step = states.best_so_far(config, state, by, tracker.say)
+        if checkpoint.newest_first(saver.folder):  # else the state is that of another run, or the first
+            saver.go_on(state.step, best, best_step)
     except OSError as error:
         raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
-    saver.best = state.best
     return tracker, saver
+
+
+def _check_length(config: Config, start: Path, step: int, total: int) -> None:
+    """Raises UserError where there is nothing to train after `start`, the state after `step` steps."""
+    is_own = start.parent.resolve() == (config.run_dir / "checkpoints").resolve()
+    more = f"give more than {step:,} steps by train.steps, or more train.epochs"
+    if is_own and step > total:
+        raise UserError(
+            f"{config.run_dir}: the run is at step {step:,} already, beyond the {total:,} steps of this"
+            f" configuration; {more}, or choose another run.name."
+        )
+    if not is_own and step >= total:
+        raise UserError(
+            f"resume: {start} is the state of another run after step {step:,}, and this configuration ends"
+            f" at step {total:,}; to go on from it, {more}."
+        )
+
+
+def _is_finished(config: Config, state: states.State, total: int) -> bool:
+    """Whether the run is complete, and nothing is missing that is made at its end."""
+    if state.step < total or not state.metrics:
+        return False
+    status, run = read_status(config.run_dir), config.run_dir
+    return (
+        (status.get("state"), status.get("step")) == ("completed", state.step)
+        and (run / "model.safetensors").exists()
+        and checkpoint.is_linked(run / "checkpoints", state.step, state.best_step)
+    )
 
 
 def _describe(config: Config, ranks: Runtime, sets: data.Data, total: int) -> list[str]:

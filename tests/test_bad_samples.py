@@ -6,11 +6,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
-from dist_train.config import UserError
+from dist_train.config import RunError, UserError
+from dist_train.evaluate import evaluate
+from dist_train.task import Classification
 from dist_train.tracking import read_status
 from tests.conftest import SMALL, Finished
 from tests.distributed.ranks import equal, last
@@ -78,3 +82,9 @@ def test_a_whole_set_that_cannot_be_read_ends_the_training_even_then(
     spoil(*(image_folder / "train").rglob("*.png"))
     with pytest.raises(UserError, match="Nor could any of the"):
         here(*SKIP)
+
+
+def test_an_evaluation_without_any_sample_is_an_error_and_no_interruption() -> None:
+    alone = SimpleNamespace(world_size=1, gather=lambda value: [value])
+    with pytest.raises(RunError, match="not one sample of the eval set is there"):
+        evaluate(nn.Linear(1, 1), [], Classification(), alone)  # type: ignore[arg-type]

@@ -23,8 +23,9 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def state(step: int, size: int = 4) -> dict[str, Any]:
-    return {"format": checkpoint.FORMAT, "step": step, "model": {"weight": torch.full((size,), float(step))}}
+def state(step: int, best: int | None = None, size: int = 4) -> dict[str, Any]:
+    weights = {"weight": torch.full((size,), float(step))}
+    return {"format": checkpoint.FORMAT, "step": step, "model": weights, "best": best, "best_step": best}
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def saver(tmp_path: Path) -> checkpoint.Checkpoints:
 
 def test_the_newest_and_the_best_are_kept(saver: checkpoint.Checkpoints) -> None:
     for step in range(1, 7):
-        saver.save(state(step), best=step == 2)
+        saver.save(state(step, best=2 if step > 1 else None))
     saver.wait()
     assert names(saver.folder) == [
         "best.pt", "last.pt", "step-00000002.pt", "step-00000005.pt", "step-00000006.pt",
@@ -45,14 +46,14 @@ def test_the_newest_and_the_best_are_kept(saver: checkpoint.Checkpoints) -> None
     assert checkpoint.load(saver.folder / "best.pt")["step"] == 2
     assert checkpoint.load(saver.folder / "last.pt")["step"] == 6
     assert os.readlink(saver.folder / "best.pt") == "step-00000002.pt"  # still right in a moved folder
-    saver.save(state(7), best=True)
+    saver.save(state(7, best=7))
     saver.wait()
     assert names(saver.folder) == ["best.pt", "last.pt", "step-00000006.pt", "step-00000007.pt"]
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_asked_for(saver: checkpoint.Checkpoints) -> None:
     changing = state(1, size=1_000_000)
-    saver.save(changing, best=False)
+    saver.save(changing)
     changing["model"]["weight"].fill_(9)  # the loop goes on at once
     saver.wait()
     assert (checkpoint.load(saver.folder / "last.pt")["model"]["weight"] == 1).all()
@@ -84,10 +85,10 @@ def test_a_save_that_failed_is_told_and_the_next_one_tries_again(tmp_path: Path)
     told: list[str] = []
     saver = checkpoint.Checkpoints(tmp_path, keep=2, say=told.append)
     shutil.rmtree(saver.folder)
-    saver.save(state(1), best=True)
+    saver.save(state(1, best=1))
     assert "step-00000001.pt could not be written: No such file or directory" in told_once(saver.wait(), told)
     saver.folder.mkdir()
-    saver.save(state(3), best=False)
+    saver.save(state(3))
     assert saver.wait() == ""
     assert checkpoint.load(saver.folder / "last.pt")["step"] == 3
 
@@ -99,8 +100,8 @@ def told_once(failure: str, told: list[str]) -> str:
 
 
 def test_weights_that_are_not_finite_are_never_saved(saver: checkpoint.Checkpoints) -> None:
-    saver.save(state(1), best=False)
-    saver.save(state(2) | {"model": {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}}, best=False)
+    saver.save(state(1))
+    saver.save(state(2) | {"model": {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}})
     assert "the weights are not finite (b)" in saver.wait()
     assert names(saver.folder) == ["last.pt", "step-00000001.pt"]
 
@@ -176,8 +177,8 @@ def test_the_place_of_a_checkpoint_is_a_file_or_a_run_or_its_folder(saver: check
     run = saver.folder.parent
     with pytest.raises(UserError, match="holds no checkpoint"):
         checkpoint.find(run)
-    saver.save(state(1), best=True)
-    saver.save(state(2), best=False)
+    saver.save(state(1, best=1))
+    saver.save(state(2, best=1))
     saver.wait()
     for place in (run, saver.folder):
         assert checkpoint.load(checkpoint.find(place))["step"] == 1  # the best
