@@ -125,7 +125,7 @@ class Checkpoints:
             self._whole[path.name] = True
             self.best, self.best_step = state.get("best"), state.get("best_step")
             self._link(step)
-            self._prune()
+            self.prune()
             self.failure = ""
         except Exception as error:
             # These may go away by themselves; torch makes a RuntimeError of one of the file system.
@@ -147,7 +147,7 @@ class Checkpoints:
             elif (self.folder / name).is_symlink():
                 (self.folder / name).unlink()
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
         """Deletes what is older than the newest ones and not the best; only after a new one is durable.
 
         Only whole ones count. A damaged one among them is left as it is.

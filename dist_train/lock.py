@@ -62,6 +62,13 @@ class Lock:
         for stray in self.path.parent.glob("lock.*"):  # of a process that was killed right here
             stray.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Removes a lock that a dead process has left, where that is possible."""
+        holder = read(self.path)
+        if holder and is_gone(holder):
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
     def is_ours(self) -> bool:
         """Whether no other attempt has taken the lock."""
         holder = read(self.path)

@@ -254,6 +254,7 @@ def loop(
     if saver:
         names = {"classes": "\n".join(map(str, sets.classes))}
         try:
+            saver.prune()  # where an attempt was killed between its last save and this
             checkpoint.save_weights(config.run_dir / "model.safetensors", state.evaluated, names)
         except OSError as error:
             failure = f"{config.run_dir}/model.safetensors could not be written: {error.strerror}"

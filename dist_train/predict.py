@@ -102,7 +102,7 @@ def predict(
     `trust` are as for `load_model`.
     """
     path = checkpoint.find(place)
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, verified=True)
     needed = ["data.eval_transform", "data.mean", "data.std", *([] if model else ["model."])]
     config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
     told, classes = completed(saved["config"]), len(saved["classes"])

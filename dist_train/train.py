@@ -128,7 +128,8 @@ def _fit(
             raise UserError(f"a checkpoint of this run could not be used: {bad}.")
     best = Best.parse(config.checkpoint.best or task.best)
     if ranks.from_main(_is_finished(config, state, total)):
-        if ranks.is_main:
+        if lock:
+            lock.clear()
             print(f"The run is complete: {config.run_dir} (step {state.step:,} of {total:,}).")
         return Result(config.run_dir, "completed", state.step, state.metrics, best.told(state.best))
     with ranks.together():

@@ -25,7 +25,9 @@ def names(folder: Path) -> list[str]:
 
 def state(step: int, best: int | None = None, size: int = 4) -> dict[str, Any]:
     weights = {"weight": torch.full((size,), float(step))}
-    return {"format": checkpoint.FORMAT, "step": step, "model": weights, "best": best, "best_step": best}
+    rest = {"config": {}, "average": None, "optimizer": {}, "scaler": None, "metrics": {}, "losses": []}
+    numbers = {"format": checkpoint.FORMAT, "step": step, "best": best, "best_step": best}
+    return numbers | rest | {"model": weights, "classes": [], "sample_shape": [1]}
 
 
 @pytest.fixture

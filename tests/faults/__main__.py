@@ -1,4 +1,7 @@
-"""A long series of faults: python -m tests.faults --n 200 [--seed 7]"""
+"""A long series of faults: python -m tests.faults --n 200 [--seed 7]
+
+After it a short run is killed ahead of each of its operations on files.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from pathlib import Path
 
 from tests.faults.driver import Driver, check
+from tests.faults.operations import kill_ahead_of, undisturbed
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--n", type=int, default=20, help="injections")
@@ -17,4 +21,7 @@ with tempfile.TemporaryDirectory(prefix="faults-") as name:
     driver = Driver(Path(name), arguments.seed)
     driver.inject(arguments.n)
     check(driver)
+    operations = len(undisturbed(Path(name)))
+    kill_ahead_of(Path(name), range(1, operations + 1))
+print(f"a short run was killed ahead of each of its {operations} operations on files")
 print("the run ended as one that nobody had disturbed")

@@ -26,6 +26,11 @@ from tests.distributed.ranks import last, same_bits, train
 SLOW = """
 import os, time
 
+if os.environ.get("KILL_AT") and os.environ["RANK"] == "0":
+    from tests.faults.operations import watch
+
+    watch(int(os.environ["KILL_AT"]))
+
 def slow(image):  # so that faults hit in the middle; the undisturbed run needs no sleep
     time.sleep(float(os.environ.get("SLEEP", "0")))
     return image
@@ -56,6 +61,14 @@ class Driver:
     def start(self, total: int = 10**6) -> None:
         """Starts the job and waits for a few steps of this attempt."""
         attempts = read_status(self.run).get("attempts", 0)
+        self.launch(total)
+        self.until(lambda: read_status(self.run).get("attempts", 0) > attempts, "a new attempt")
+        if total == 10**6:
+            at = self.step()
+            self.until(lambda: self.step() > at, "steps")
+
+    def launch(self, total: int = 10**6, **variables: int) -> None:
+        """Starts the job, with further variables in its environment."""
         words = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
             "dist_train", "train", *COMMON, "wandb.mode=disabled", "device=cpu", "run.name=faults",
@@ -63,13 +76,9 @@ class Driver:
         ]  # fmt: skip
         with (self.folder / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                words, cwd=self.folder, env=environment(SLEEP=0.002), stdin=subprocess.DEVNULL,
+                words, cwd=self.folder, env=environment(SLEEP=0.002, **variables), stdin=subprocess.DEVNULL,
                 stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
-        self.until(lambda: read_status(self.run).get("attempts", 0) > attempts, "a new attempt")
-        if total == 10**6:
-            at = self.step()
-            self.until(lambda: self.step() > at, "steps")
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         """Waits for a condition."""
@@ -214,6 +223,15 @@ class Driver:
         self.gone(family)
         return f"left behind: {[path.name for path in folder.glob('*.tmp')]}"
 
+    def kill_between_operations(self) -> str:
+        """SIGKILL for rank 0 ahead of one of its operations on files, from the start of an attempt on."""
+        self.kill_all()
+        number = self.random.randrange(1, 100)
+        self.launch(KILL_AT=number)
+        self.until(lambda: self.process and self.process.poll() is not None, "end of the job")
+        assert "Signal 9 (SIGKILL)" in (self.folder / "output.txt").read_text()[-5000:]
+        return f"killed ahead of operation {number}"
+
     def damage(self, how: str) -> str:
         """Damages the newest checkpoint while nothing runs: the one before it is used."""
         self.kill_all()
@@ -237,6 +255,7 @@ KINDS: dict[str, Callable[[Driver], str]] = {
     "SIGKILL of the launcher": Driver.kill_launcher,
     "SIGKILL of everything": Driver.kill_everything,
     "SIGKILL while saving": Driver.kill_while_saving,
+    "SIGKILL between file operations": Driver.kill_between_operations,
     "SIGSTOP of a rank": Driver.stop_rank,
     "full disk": Driver.full_disk,
     "truncated checkpoint": lambda driver: driver.damage("truncated"),

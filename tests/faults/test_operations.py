@@ -1,0 +1,15 @@
+"""A SIGKILL between two operations on files leaves nothing that the next attempt does not put right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.faults.operations import kill_ahead_of, undisturbed
+
+
+def test_a_run_killed_between_two_operations_on_files_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """Ten of them, once also the attempt that goes on; `python -m tests.faults` takes every one."""
+    count = len(undisturbed(tmp_path))
+    assert count > 50
+    kill_ahead_of(tmp_path, [*(1 + count * part // 10 for part in range(10)), count])
+    kill_ahead_of(tmp_path, [count * 3 // 5], again=count // 3)
