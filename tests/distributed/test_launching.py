@@ -19,7 +19,7 @@ from tests.distributed.ranks import equal, last, train
 
 TRAIN = [
     "train", REPO / "configs/quickstart.yaml", "device=cpu", "wandb.mode=disabled", "train.epochs=null",
-    "train.steps=20", "train.batch_size=16", "model.args.hidden=[16]",
+    "train.steps=20", "train.batch_size=16", "model.args.hidden=[16]", "threads=1",
     f"data.root={REPO / 'dist_train/assets'}",
 ]  # fmt: skip
 
