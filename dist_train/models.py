@@ -141,6 +141,7 @@ def no_larger(file_size: int, where: str) -> Iterator[None]:
 def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Tensor:
     """The outputs `[2, ...]` for two black images; raises UserError where model and images don't fit."""
     training = model.training
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
     model.eval()  # leaves BatchNorm's averages alone
     try:
         with torch.no_grad():
@@ -153,6 +154,9 @@ def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Ten
         ) from None
     finally:
         model.train(training)
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.data.copy_(before[name])
     if not isinstance(output, torch.Tensor) or output.shape[:1] != (2,):
         tensor = isinstance(output, torch.Tensor)
         told = f"outputs of shape {list(output.shape)}" if tensor else f"a {type(output).__name__}"

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime
 from dist_train import task as tasks
-from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable
+from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
 from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
 
@@ -199,6 +199,9 @@ def evaluate_run(
     needed = [key for key in EVALUATED if all(key != section or item is None for section, item in given)]
     needed += ["data.eval_transform", "data.mean", "data.std"]
     config = from_file(saved["config"], path, [*overrides, *unused], needed=needed, trust=trust)
+    config = with_given(
+        config, model=model, data=train_data if eval_data is None else eval_data, task=task
+    )  # what a task of one's own takes for a target is not known
     ranks = runtime.start(config)
     try:
         for note in told if ranks.is_main else ():

@@ -149,15 +149,18 @@ def check(task: Task, outputs: torch.Tensor, targets: torch.Tensor, classes: int
     rows = torch.arange(count) % len(outputs)
     outputs, targets = outputs.detach()[rows], targets[rows]
     try:
-        with torch.enable_grad():
-            measured = measure(task, outputs.requires_grad_(outputs.is_floating_point()), targets)
+        with torch.enable_grad():  # copies: a task may work in place
+            given = outputs.clone().requires_grad_(outputs.is_floating_point())
+            tried = losses(task, given.clone(), targets.clone())
+        with torch.no_grad():  # as in an evaluation
+            measured = measure(task, outputs, targets)
     except (RuntimeError, ValueError, IndexError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"task: {_name(task)} can't take outputs {list(outputs.shape)} of {outputs.dtype} and targets"
             f" {list(targets.shape)} of {targets.dtype}: {reason}."
         ) from error
-    if not measured["loss"].requires_grad:
+    if not tried.requires_grad:
         raise UserError(f"task: the loss of {_name(task)} has no gradient by the model's outputs.")
     return list(measured)
 

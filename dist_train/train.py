@@ -17,7 +17,7 @@ from torch import nn
 from dist_train import checkpoint, data, optim, runtime
 from dist_train import state as states
 from dist_train import task as tasks
-from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml
+from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml, with_given
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
 from dist_train.loop import loop, why_stopped
@@ -67,7 +67,7 @@ def fit(
         config = from_mapping(config)
     elif not isinstance(config, Config):
         config = load([config])
-    config = _with_given(config, model=model, data=train_data, task=task)
+    config = with_given(config, model=model, data=train_data, task=task)
     with Interrupt() as interrupt:
         ranks = runtime.start(config)
         lock = Lock(config.run_dir) if ranks.is_main else None
@@ -79,14 +79,6 @@ def fit(
             if lock:
                 lock.release()
             runtime.stop()
-
-
-def _with_given(config: Config, **given: Any) -> Config:
-    """`config` that says which objects `fit` was given, instead of naming what is then not used."""
-    for section, item in given.items():
-        if item is not None:
-            config = replace(config, **{section: replace(getattr(config, section), name=given_name(item))})
-    return config
 
 
 def _fit(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dist_train.config import Config, Every, UserError, from_mapping, get, load, nearest, to_mapping, to_yaml
+from dist_train.config.objects import construct
 from dist_train.config.schema import all_keys, each_field
 from tests.conftest import REPO, Finished
 
@@ -219,6 +220,12 @@ def test_a_name_that_is_changed_drops_the_arguments_of_the_former_and_says_so(
     assert (get(same, f"{section}.args"), nothing) == (args, [])
 
 
+def test_the_last_name_of_a_source_decides_whether_arguments_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {epochs: 1}\nmodel: {name: mlp, args: {hidden: [8]}}\n")
+    config = load([tmp_path / "a.yaml"], ["model.name=cnn", "model.name=mlp"])
+    assert (config.model.name, config.model.args) == ("mlp", {"hidden": [8]})
+
+
 def test_arguments_that_come_with_the_new_name_stay_in_any_order(tmp_path: Path) -> None:
     file = write(
         tmp_path / "a.yaml",
@@ -388,3 +395,12 @@ def test_a_secret_is_in_no_file_of_a_run_and_the_run_goes_on(
     assert "data.root" not in log
     with pytest.raises(UserError, match=r"data\.args: .* .*oc\.env:TOKEN"):
         here(*words, "data.args.classes=[a,'${oc.env:TOKEN}',c]")
+
+
+def test_a_refusal_names_the_arguments_and_shows_no_value_of_theirs() -> None:
+    def source(token: str, user: str = "") -> None:
+        raise ValueError("not accepted")
+
+    with pytest.raises(UserError) as error:
+        construct(source, {"token": "s3cret", "user": "me"}, "data.args")
+    assert str(error.value) == "data.args: source refused token, user: not accepted."

@@ -44,8 +44,24 @@ class Doubled(Classification):
         return 2 * super().loss(outputs, targets)
 
 
-def network(width: int = 7) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3))
+class Regression:
+    """A task whose targets are numbers."""
+
+    best = "min eval/loss"
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (outputs.squeeze(1) - targets).square()
+
+    def metrics(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+
+def network(width: int = 7, outputs: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, outputs))
+
+
+def measured() -> list[tuple[torch.Tensor, float]]:
+    return [(image / 255, image.float().mean().item()) for image, _ in (Pictures()[n] for n in range(20))]
 
 
 def train_data() -> Pictures:
@@ -60,6 +76,17 @@ GIVEN: dict[str, tuple[dict[str, Callable[[], Any]], list[str], dict[str, Callab
     # given to fit, words of the configuration, to be given again, and what is told of it
     "a model": ({"model": network}, [], {"model": network}, "model.name: .*'torch.*Sequential'.* model=..."),
     "a task": ({"task": Doubled}, [], {"task": Doubled}, "task.name: .*Doubled'.* task=..."),
+    "a regression": (
+        {
+            "train_data": measured,
+            "eval_data": measured,
+            "model": lambda: network(outputs=1),
+            "task": Regression,
+        },
+        [],
+        {"eval_data": measured, "model": lambda: network(outputs=1), "task": Regression},
+        "model.name: .* model=...",
+    ),
     "two data sets": (
         {"train_data": train_data, "eval_data": eval_data},
         DATA,

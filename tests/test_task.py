@@ -15,6 +15,7 @@ from torch import nn
 from dist_train import fit
 from dist_train.config import UserError, from_mapping
 from dist_train.data.images import InMemory
+from dist_train.models import probe
 from dist_train.predict import predict
 from dist_train.task import Classification, build
 from dist_train.tracking import read_metrics
@@ -216,6 +217,24 @@ def test_a_run_that_is_no_classification_predicts_no_classes(
         predict("runs/run", [tmp_path / "nothing.png"], model=Net(give, outputs))
 
 
+def _in_place(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.sub_(nn.functional.one_hot(targets, 3)).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        a_task(_in_place),
+        a_task(metrics=lambda o, t: {"accuracy": torch.from_numpy(o.numpy().argmax(1) == t.numpy())}),
+    ],
+    ids=["a loss that works in place", "a metric by NumPy"],
+)
+def test_the_trial_refuses_nothing_that_training_would_take(
+    task: Any, here: Callable[..., Any], small: list[str]
+) -> None:
+    assert here(*small, task=task).state == "completed"
+
+
 def test_a_frozen_part_of_a_task_is_no_state(here: Callable[..., Any], small: list[str]) -> None:
     task = a_task(weights=nn.Linear(3, 3).requires_grad_(False))
     assert here(*small, task=task).state == "completed"
@@ -252,6 +271,21 @@ def test_a_task_is_tried_without_a_trace(here: Callable[..., Any], small: list[s
     here(*small, "model.name=cnn", "model.args.widths=[8]", "optim.lr=0", "train.steps=1")
     saved = torch.load(tmp_path / "runs/run/checkpoints/last.pt", weights_only=True)["model"]
     assert [value.item() for name, value in saved.items() if name.endswith("num_batches_tracked")] == [1]
+
+
+def test_a_model_is_tried_without_a_trace_in_buffers_that_each_pass_changes() -> None:
+    class Counting(nn.Flatten):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            return super().forward(images)
+
+    model = nn.Sequential(Counting(), nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    assert probe(model, (1, 2, 2), "mine").shape == (2, 3)
+    assert model.state_dict()["0.passes"] == 0
 
 
 def test_an_evaluation_of_one_sample_takes_a_squeezed_loss(here: Callable[..., Any], tmp_path: Path) -> None:

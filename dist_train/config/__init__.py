@@ -13,7 +13,7 @@ from dist_train.config.load import (
     to_mapping,
     to_yaml,
 )
-from dist_train.config.objects import GIVEN, construct, given_name, import_object
+from dist_train.config.objects import GIVEN, construct, given_name, import_object, with_given
 from dist_train.config.schema import Config, Every, get, parse_seconds
 from dist_train.config.trust import from_file
 
@@ -38,4 +38,5 @@ __all__ = [
     "printable",
     "to_mapping",
     "to_yaml",
+    "with_given",
 ]

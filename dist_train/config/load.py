@@ -105,8 +105,8 @@ def _make_way(config: DictConfig, source: Sequence[Part], say: Say) -> None:
     held: Any = OmegaConf.to_container(config, resolve=False)
     for section in NAMED:
         key, old, args = f"{section}.name", held[section]["name"], held[section]["args"]
-        names = [(new, where) for values, where in source if (new := _look(values, key)) not in (None, old)]
-        if names and args:
+        names = [(new, where) for values, where in source if (new := _look(values, key)) is not None]
+        if names and args and names[-1][0] != old:
             new, where = names[-1]
             config[section].args = {}
             shown = ", ".join(map(str, args)) if isinstance(args, dict) else args

@@ -6,10 +6,12 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dist_train.config.errors import UserError, nearest
+from dist_train.config.schema import Config
 
 GIVEN = "object:"  # begins the name that stands for an object which a program gave to `fit`
 
@@ -17,6 +19,14 @@ GIVEN = "object:"  # begins the name that stands for an object which a program g
 def given_name(item: object) -> str:
     """What a configuration calls an object that no file holds: `import_object` refuses it."""
     return f"{GIVEN}{type(item).__module__}.{type(item).__qualname__}"
+
+
+def with_given(config: Config, **given: Any) -> Config:
+    """`config` that says which objects a program gave (by section), instead of naming what is not used."""
+    for section, item in given.items():
+        if item is not None:
+            config = replace(config, **{section: replace(getattr(config, section), name=given_name(item))})
+    return config
 
 
 def import_object(name: str, key: str) -> Any:
@@ -74,4 +84,5 @@ def construct(
         return function(**given)
     except refusals as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise UserError(f"{key}: {name} refused {dict(args)}: {reason}.") from error
+        shown = ", ".join(map(str, args)) or "its arguments"  # not their values: one may be a secret
+        raise UserError(f"{key}: {name} refused {shown}: {reason}.") from error
