@@ -458,6 +458,7 @@ def test_arrays_of_every_type_keep_their_shades(kind: Any, white: int, tmp_path:
         (np.full((4, 2, 2), 256), "int64 from 256 to 256"),
         (np.full((4, 2, 2), -1, np.int32), "int32 from -1 to -1"),
         (np.full((4, 2, 2), 200, np.uint16), "uint16 from 200 to 200"),
+        (np.tile(np.eye(2, dtype=np.int64), (4, 1, 1)), "int64 from 0 to 1"),  # a mask, nearly black by 255
     ],
 )
 def test_arrays_whose_white_is_not_known_are_refused(array: np.ndarray, told: str, tmp_path: Path) -> None:

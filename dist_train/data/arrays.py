@@ -87,7 +87,7 @@ def _pixels(x: np.ndarray, where: str) -> np.ndarray:
     wide = x.dtype.kind == "u" and x.dtype.itemsize == 2
     if wide and high > 255:
         return x.astype(np.float32) / np.float32(65535)
-    if wide or low < 0 or high > 255:
+    if wide or low < 0 or high > 255 or (low, high) == (0, 1):  # a mask would be nearly black
         raise UserError(
             f"{where}: the images are {x.dtype.name} from {low} to {high}, so it isn't known which is white;"
             " store them as uint8 (255 is white), as uint16 (65535), or as floats from 0 to 1."

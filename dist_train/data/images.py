@@ -105,8 +105,12 @@ def _deep(image: Any, channels: int) -> torch.Tensor:
 
 def image_paths(folder: Path) -> list[Path]:
     """All image files below a folder, in the order of their names; what is hidden is left out."""
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-    return sorted(file for file in found if not any(map(is_hidden, file.relative_to(folder).parts)))
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        shown = (name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name))
+        found += map(Path(place).joinpath, shown)
+    return sorted(found)
 
 
 def as_text(path: Path) -> str:
