@@ -104,7 +104,9 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
 
 def _is_attempt(line: Any) -> bool:
     kinds = {"step": int, "processes": int, "config": dict}
-    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())
+    if not isinstance(line, dict) or not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return line["processes"] > 0 and isinstance(line["config"].get("resume", ""), str)
 
 
 def _size(run: Path) -> int:

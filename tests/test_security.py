@@ -355,3 +355,12 @@ def test_a_run_of_ones_own_goes_on_without_a_word_of_trust(
     rewrite({"model.name": "os:system", "model.args": TOUCH})  # compared, not followed
     assert here(*other, "model.name=own_net:net").step == 14
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("forged", [{"processes": 0}, {"processes": -1}, {"config": {"resume": 7}}])
+def test_a_record_of_attempts_that_can_be_none_is_told(forged: dict[str, Any], world: Path) -> None:
+    file = RUN / "attempts.jsonl"
+    line = json.loads(file.read_text().splitlines()[0])
+    file.write_text(json.dumps(line | forged) + "\n")
+    with pytest.raises(UserError, match="not the record of a run's attempts"):
+        replay(RUN, 12)
