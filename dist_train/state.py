@@ -87,10 +87,12 @@ def spread(config: Config, state: State, ranks: Runtime) -> None:
     """Wraps the model for all ranks, which must all come here: rank 0's weights, autocast, the sum of
     gradients; and makes the moving average, which is evaluated in the same arithmetic.
     """
+    average = copy.deepcopy(state.model).requires_grad_(False) if config.train.ema else None
     state.trained = ranks.accelerator.prepare_model(state.model)
     ranks.sum_gradients_in_order(state.trained)
-    if config.train.ema:
-        state.average = copy.deepcopy(state.model).requires_grad_(False)
+    if average:
+        average.load_state_dict(state.model.state_dict())  # rank 0's
+        state.average = ranks.accelerator.prepare_model(average, evaluation_mode=True)
     if config.compile:
         state.model.compile()
 
