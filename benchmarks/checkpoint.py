@@ -145,7 +145,7 @@ def resumes(folder: Path, rounds: int) -> Times:
             assert batch.part.step == step
             if number:  # the first round warms up
                 times[f"step {step:,}"].append(seconds)
-    runtime.stop()
+    runtime.stop(ranks.accelerator)
     return times
 
 

@@ -224,7 +224,7 @@ def evaluate_run(
             print(f"left out: {printable(reason)}", file=sys.stderr)
         return metrics
     finally:
-        runtime.stop()
+        runtime.stop(ranks.accelerator)
 
 
 def _image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:

@@ -84,7 +84,7 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
             with nullcontext() if trust else models.no_larger(_size(run), str(run)):
                 told, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
         finally:
-            runtime.stop()
+            runtime.stop(ranks.accelerator)
         if done == step:
             return replace(told, start=str(start or "the initial weights"))
 

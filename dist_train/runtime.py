@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,11 @@ def start(config: Config) -> Runtime:
             f"accelerate was asked for {counted(asked, 'process')} but started {world_size}, as it does with"
             " its CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
         )
+    if world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR, where ranks meet, is not set; start them by"
+            " torchrun, accelerate launch or srun."
+        )
     if world_size > 1 and os.environ.get("MASTER_PORT") == "0":
         raise UserError(
             "MASTER_PORT is 0, where ranks can't meet; use torchrun --standalone for a free port."
@@ -225,11 +231,19 @@ def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0]
 
 
-def stop() -> None:
+def stop(accelerator: Accelerator) -> None:
     """Leaves the process group, if there is one, and forgets the device: another run may follow."""
     if dist.is_available() and dist.is_initialized():
+        accelerator.free_memory()  # DDP keeps the group's threads, and at Python's end they would abort it
         dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def let_go(error: BaseException | None) -> None:
+    """Frees what the frames of an error hold that is told without its traceback, DDP among it."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 # --- decisions, each a pure function of what it is given -----------------------------------------

@@ -75,10 +75,13 @@ def fit(
             return _fit(
                 config, ranks, interrupt, lock, started, model, train_data, eval_data, task, allow_changes
             )
+        except (UserError, RunError) as error:
+            runtime.let_go(error)
+            raise
         finally:
             if lock:
                 lock.release()
-            runtime.stop()
+            runtime.stop(ranks.accelerator)
 
 
 def _fit(

@@ -20,7 +20,7 @@ import torch
 from dist_train import fit, load
 from dist_train.config import UserError
 from dist_train.tracking import read_metrics, read_status
-from tests.conftest import SMALL, Finished, environment, pictures
+from tests.conftest import SMALL, Finished, environment, free_port, pictures
 from tests.distributed.ranks import same_bits
 
 
@@ -260,3 +260,29 @@ def test_on_a_terminal_there_is_a_bar_that_counts_to_the_end(npz: Path, tmp_path
     assert {f"{step}/12" for step in range(1, 13)} & set(re.findall(r"\b\d+/12\b", text)) >= {"1/12", "12/12"}
     assert "eval/accuracy" in text and "\x1b[" in text
     assert text.count("run runs/run: mlp on arrays") == 1
+
+
+FAILS = """
+import gc
+import dist_train
+from torch.nn.parallel import DistributedDataParallel
+
+try:
+    dist_train.fit(dist_train.load([], WORDS))
+except dist_train.UserError as error:
+    print(error, [type(item) for item in gc.get_objects() if type(item) is DistributedDataParallel])
+"""
+
+
+def test_a_mistake_that_is_found_late_leaves_no_threads_that_would_abort_the_end_of_python(
+    small: list[str], tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    (tmp_path / "fails.py").write_text(FAILS.replace("WORDS", repr([*small, "run.dir=fails.py"])))
+    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [
+        start(sys.executable, "fails.py", env={**world, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in range(2)
+    ]
+    for out, err in [rank.communicate(timeout=120) for rank in ranks]:
+        assert "can't be written: Not a directory. []" in out, (out, err)
+    assert [rank.returncode for rank in ranks] == [0, 0]
