@@ -21,7 +21,9 @@ with tempfile.TemporaryDirectory(prefix="faults-") as name:
     driver = Driver(Path(name), arguments.seed)
     driver.inject(arguments.n)
     check(driver)
-    operations = len(undisturbed(Path(name)))
-    kill_ahead_of(Path(name), range(1, operations + 1))
+    short = Path(name, "short")  # its runs have names that the long one's have
+    short.mkdir()
+    operations = len(undisturbed(short))
+    kill_ahead_of(short, range(1, operations + 1))
 print(f"a short run was killed ahead of each of its {operations} operations on files")
 print("the run ended as one that nobody had disturbed")
