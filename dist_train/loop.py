@@ -66,7 +66,7 @@ def steps(
     skipping = config.on_nonfinite == "skip"
     buffers = list(state.model.buffers()) if skipping else []
     average = None
-    if state.average:
+    if state.average is not None:
         average = optim.average_updater(state.average, state.model, config.train.ema)
 
     for step in range(state.step, stop):

@@ -54,7 +54,7 @@ def load_model(
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path, verified=True)
-    config = from_file(saved["config"], path, needed=[] if model else ["model."], trust=trust)
+    config = from_file(saved["config"], path, needed=["model."] if model is None else [], trust=trust)
     return _trained(path, saved, config, model, trust), saved
 
 
@@ -103,7 +103,7 @@ def predict(
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path, verified=True)
-    needed = ["data.eval_transform", "data.mean", "data.std", *([] if model else ["model."])]
+    needed = ["data.eval_transform", "data.mean", "data.std", *(["model."] if model is None else [])]
     config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
     told, classes = completed(saved["config"]), len(saved["classes"])
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
@@ -215,7 +215,7 @@ def evaluate_run(
                     f"data: its classes ({', '.join(sets.classes)}) are not those of the run"
                     f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
                 )
-            task = task or tasks.build(config)
+            task = tasks.build(config) if task is None else task
             outputs = models.probe(model, sets.sample_shape, config.model.name).to(ranks.device)
             tasks.check(task, outputs, data.first_targets(sets.eval).to(ranks.device), len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)

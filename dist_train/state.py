@@ -43,7 +43,7 @@ class State:
     @property
     def evaluated(self) -> nn.Module:
         """The model that is evaluated and exported: the moving average where there is one."""
-        return self.average or self.model
+        return self.model if self.average is None else self.average
 
 
 def build(
@@ -68,7 +68,7 @@ def build(
         shape: models.probe(model, shape, config.model.name).to(runtime.device)
         for shape in {data.sample_shape, data.train_shape}
     }
-    if task:
+    if task is not None:
         parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
         for part, (samples, shape) in parts.items():
             targets = first_targets(samples).to(runtime.device)
@@ -90,7 +90,7 @@ def spread(config: Config, state: State, ranks: Runtime) -> None:
     average = copy.deepcopy(state.model).requires_grad_(False) if config.train.ema else None
     state.trained = ranks.accelerator.prepare_model(state.model)
     ranks.sum_gradients_in_order(state.trained)
-    if average:
+    if average is not None:
         average.load_state_dict(state.model.state_dict())  # rank 0's
         state.average = ranks.accelerator.prepare_model(average, evaluation_mode=True)
     if config.compile:
@@ -105,7 +105,7 @@ def to_dict(config: Config, state: State, data: Data, ranks: Runtime) -> dict[st
         "step": state.step,
         "config": to_mapping(config),
         "model": state.model.state_dict(),
-        "average": state.average.state_dict() if state.average else None,
+        "average": state.average.state_dict() if state.average is not None else None,
         "optimizer": state.optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler else None,
         "best": state.best,
@@ -204,7 +204,7 @@ def fill(config: Config, saved: dict[str, Any], state: State, ranks: Runtime, wh
     """Fills `state` from what `to_dict` made. Raises UserError, naming `where`, if it does not fit."""
     try:
         state.model.load_state_dict(saved["model"])
-        if state.average:
+        if state.average is not None:
             state.average.load_state_dict(saved["average"] or saved["model"])
         changed = saved["config"]["optim"]["args"] != to_mapping(config)["optim"]["args"]
         _restore_optimizer(state.optimizer, saved["optimizer"], changed)

@@ -100,7 +100,7 @@ def _fit(
     notes: list[str] = []
     with ranks.together():
         runtime.micro_batch(config.train.batch_size, ranks.world_size, config.train.accumulate)
-        task = task or tasks.build(config)
+        task = tasks.build(config) if task is None else task
         with ranks.main_of_node_first():
             sets = data.build(config, train_data, eval_data)
         if eval_data is not None and train_data is None:

@@ -177,3 +177,27 @@ def test_an_eval_set_whose_classes_are_others_is_refused(here: Callable[..., Any
     here(*small)  # its classes are 0, 1 and 2
     with pytest.raises(UserError, match=r"its classes .*bright, dark, striped.* are not those of the run"):
         evaluate_run("runs/run", eval_data=eval_data())
+
+
+class Empty(nn.Module):
+    """A model that counts as false, since it has a length, and that is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+    def __len__(self) -> int:
+        return 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def test_a_given_model_that_counts_as_false_has_its_average_and_is_used(
+    here: Callable[..., Any], small: list[str]
+) -> None:
+    result = here(*small, "train.ema=0.9", model=Empty())
+    last = result.folder / "checkpoints" / "last.pt"
+    _, saved = load_model(last, model=Empty())
+    assert not torch.equal(saved["average"]["layers.1.weight"], saved["model"]["layers.1.weight"])
+    assert evaluate_run(last, model=Empty()) == result.metrics
