@@ -69,10 +69,16 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
     attempts = _attempts(run)
     start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
     origin = attempts[0]["config"].get("resume", "auto")
-    if start is None and attempts[0]["step"] and origin != "auto":  # it began as another run's state
+    is_other = start is None and attempts[0]["step"] and origin != "auto"  # it began as another run's state
+    if is_other:
         start = checkpoint.find(origin)
-    saved = checkpoint.load(start) if start else None
+    saved = checkpoint.load(start, verified=True) if start else None
     done = saved["step"] if saved else 0
+    if is_other and done != attempts[0]["step"]:
+        raise UserError(
+            f"{run}: it began as the state of {origin} after step {attempts[0]['step']:,}, but that is at"
+            f" step {done:,} now; step {step:,} can only be rebuilt from the old one."
+        )
     if step <= done:
         raise UserError(f"{run}: there is no step {step:,}; the run begins with step {done + 1:,}.")
     while True:

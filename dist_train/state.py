@@ -160,7 +160,7 @@ def best_so_far(
                 say(f"{error} The best of those that are left takes its place.")
     value = step = None
     for path in reversed(files):  # of equal ones the first is the best
-        metrics = checkpoint.load(path)["metrics"] if checkpoint.is_whole(path) else {}
+        metrics = checkpoint.load(path, verified=True)["metrics"] if checkpoint.is_whole(path) else {}
         if best.metric in metrics and best.improves(metrics, value):
             value, step = metrics[best.metric], checkpoint.step_of(path)
     if state.best_by != by:

@@ -121,7 +121,8 @@ def _fit(
             _check_length(config, start, state.step, total)
         if bad := unreadable(states.to_dict(config, state, sets, ranks)):
             raise UserError(f"a checkpoint of this run could not be used: {bad}.")
-    best = Best.parse(config.checkpoint.best or task.best)
+    by = config.checkpoint.best or task.best
+    best = Best.parse(by)
     if ranks.from_main(_is_finished(config, state, total)):
         if lock:
             lock.clear()
@@ -138,11 +139,12 @@ def _fit(
     with ranks.together():
         if newest and newest != start:
             notes += states.restore(config, newest, state, ranks, allow_changes)
+        state.best_by = state.best_by or task.best
         if lock:
             notes = [*_describe(config, ranks, sets, total), *sets.notes, *notes]
-            tracker, saver = _open_record(config, ranks, total, started, state, task, notes)
+            tracker, saver = _open_record(config, ranks, total, started, state, by, notes)
     state.best, state.best_step = ranks.from_main((saver.best, saver.best_step) if saver else None)
-    state.best_by = config.checkpoint.best or task.best
+    state.best_by = by
     account = tracker.account.seconds if tracker else dict.fromkeys(SECONDS, 0.0)
     watchdog = Watchdog(config, ranks, interrupt, started, lock, tracker.fail if tracker else None)
     interrupt.can_save = True
@@ -192,10 +194,10 @@ def _open_record(
     total: int,
     started: float,
     state: states.State,
-    task: Task,
+    by: str,
     notes: list[str],
 ) -> tuple[Tracker, checkpoint.Checkpoints]:
-    """The record of this attempt, and where its checkpoints go, on rank 0.
+    """The record of this attempt, and where its checkpoints go, on rank 0; `by` tells which is the best.
 
     Raises UserError if the run's folder can't be written.
     """
@@ -208,8 +210,6 @@ def _open_record(
             tracker.say(note)
         tracker.mirror(config)
         saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, tracker.warn)
-        by = config.checkpoint.best or task.best
-        state.best_by = state.best_by or task.best
         best, best_step = states.best_so_far(config, state, by, tracker.say)
         if checkpoint.newest_first(saver.folder):  # else the state is that of another run, or the first
             saver.go_on(state.step, best, best_step)

@@ -84,6 +84,20 @@ def test_a_run_that_began_as_another_ones_state_is_rebuilt_from_there(
         replay(run, 3)
 
 
+def test_a_state_to_begin_from_that_has_moved_on_is_not_taken_for_the_old_one(
+    here: Callable[..., object], small: list[str], tmp_path: Path
+) -> None:
+    first = [*small, "run.name=first", "checkpoint.best=max eval/loss"]
+    here(*first, "train.steps=4")
+    here(*small, f"resume={tmp_path / 'runs/first'}", "optim.lr=0.02")
+    here(*first, "train.steps=8", "checkpoint.best=none")  # whose newest is then taken
+    run = tmp_path / "runs" / "run"
+    for path in (run / "checkpoints").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="after step 4, but that is at step 8 now"):
+        replay(run, 9)
+
+
 @pytest.mark.parametrize(
     ("run", "step", "told"), [("nowhere", 1, "there is no run"), ("run", 13, "steps 1 to 12")]
 )
