@@ -115,7 +115,7 @@ from dist_train.task import Classification
 class FailsOnce(Classification):
     steps = 0
     def loss(self, outputs, targets):
-        type(self).steps += 1
+        type(self).steps += len(targets) == 16  # not the trial before the first step
         mark = pathlib.Path("failed")
         if self.steps == 8 and not mark.exists():
             mark.touch()

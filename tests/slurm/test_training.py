@@ -82,7 +82,7 @@ def begin(jobs: Jobs, name: str, *options: str, more: tuple[str, ...] = ()) -> s
 def completed(jobs: Jobs, job: str, name: str, attempts: int) -> None:
     """The job completes, the run took so many attempts, and has the bits of the undisturbed one."""
     info = jobs.slurm.wait(job, "COMPLETED")
-    assert (info["Restarts"], info["ExitCode"]) == (str(attempts - 1), "0:0")
+    assert (info["Restarts"], info["ExitCode"]) == (str(attempts - 1), "0:0"), jobs.said(name)
     assert status(jobs.folder, name)["attempts"] == attempts, jobs.said(name)
     assert same_bits(last(jobs.folder, "undisturbed"), last(jobs.folder, name))
     assert jobs.said(name).count(f"completed at step {STEPS}") == 1  # one file for all attempts
