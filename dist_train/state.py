@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_train import checkpoint, models, optim
 from dist_train import task as tasks
-from dist_train.config import Config, UserError, completed, to_mapping
+from dist_train.config import Config, UserError, changes, completed, to_mapping
 from dist_train.data import Data, first_targets
 from dist_train.keys import key
 from dist_train.meters import Best
@@ -181,14 +181,14 @@ def restore(
     own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
     before = completed(saved["config"])  # with the keys that are new since then
     differences = list(changes(before, to_mapping(config)))
-    harmful = [change for change in differences if not is_harmless(change)]
-    if harmful and own and not allow_changes:
+    refused = "; ".join(str(change) for change in differences if not change.is_allowed)
+    if refused and own and not allow_changes:
         raise UserError(
-            f"{config.run_dir}: the run was started with another configuration ({'; '.join(harmful)});"
+            f"{config.run_dir}: the run was started with another configuration ({refused});"
             " choose another run.name, put the values back, or allow it by --allow-changes."
         )
     fill(config, saved, state, ranks, str(path))
-    noted = [change for change in differences if not change.startswith("run.")]
+    noted = [change for change in differences if not change.key.startswith("run.")]
     whose = "" if own else ", the state of another run: its weights, its optimizer and its step"
     begin = f"going on from {path} (step {state.step:,}){whose}"
     notes = [begin, *(f"changed: {item}" for item in noted)]
@@ -238,26 +238,3 @@ def _restore_optimizer(
         kept = {"params"} if changed_args else old.keys() - ours
         groups.append(new | {name: old[name] for name in kept})
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-
-
-HARMLESS = (
-    "run.", "device", "threads", "timeout_seconds", "watchdog_seconds", "stop_after", "on_nonfinite",
-    "max_skips", "resume", "compile", "channels_last", "deterministic",
-    "data.root", "data.on_bad_sample", "data.workers", "data.prefetch", "data.pin_memory",
-    "eval.", "checkpoint.", "log.", "wandb.", "train.accumulate",
-)  # fmt: skip
-
-
-def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """`key: old -> new` for each value that differs between two configurations."""
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict) and name != "args":
-            yield from changes(before, after, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name}: {before} -> {after}"
-
-
-def is_harmless(change: str) -> bool:
-    """Whether a change leaves the meaning of the steps done so far alone; longer training does."""
-    return change.startswith((*HARMLESS, "train.epochs", "train.steps"))

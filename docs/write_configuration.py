@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import models, optim, state
+from dist_train import models, optim
 from dist_train.config import Config
+from dist_train.config.options import Rule
+from dist_train.config.schema import each_key
 from dist_train.data import sources
 from dist_train.task import Classification
 
@@ -80,9 +81,7 @@ they are followed with `--trust` only: see [security](security.md).
 ## What may change when a run goes on
 
 A run goes on only with the configuration it was started with, except for keys that leave the meaning of the
-steps done alone:
-
-{harmless}.
+steps done alone: those that the tables above mark by *may change*.
 
 Other changes are refused with a sentence that lists them. The number of processes is no key, and may change.
 """
@@ -97,11 +96,13 @@ def main() -> None:
 
 def page() -> str:
     """The whole page in Markdown."""
-    lines = [INTRODUCTION, *_section("Top level", "", Config())]
+    keys = list(each_key(Config()))
+    lines = [INTRODUCTION, *_section("Top level", Config(), [item for item in keys if "." not in item[0]])]
     for item in fields(Config):
         section = getattr(Config(), item.name)
         if is_dataclass(section):
-            lines += _section(f"`{item.name}`", f"{item.name}.", section)
+            ours = [key for key in keys if key[0].startswith(f"{item.name}.")]
+            lines += _section(f"`{item.name}`", section, ours)
     named: list[tuple[str, dict[str, Callable[..., Any]]]] = [
         ("data.name` and `data.args", sources.SOURCES),
         ("model.name` and `model.args", models.MODELS),
@@ -111,20 +112,33 @@ def page() -> str:
     for title, functions in named:
         lines += ["", f"## `{title}`", "", "| name | arguments | meaning |", "| --- | --- | --- |"]
         lines += [_row(name, function) for name, function in functions.items()]
-    harmless = [f"`{key}*`" if key.endswith(".") else f"`{key}`" for key in state.HARMLESS]
-    shown = ", ".join([*harmless, "`train.epochs`", "`train.steps`"])
-    return "\n".join(lines) + "\n" + OBJECTS.format(harmless=textwrap.fill(shown, 110))
+    return "\n".join(lines) + "\n" + OBJECTS
 
 
-def _section(title: str, prefix: str, section: Any) -> Iterator[str]:
+def _section(title: str, section: Any, keys: list[tuple[str, Rule, Any]]) -> Iterator[str]:
     yield from ("", f"## {title}", "", inspect.getdoc(section) or "", "")
-    yield from ("| key | default | meaning |", "| --- | --- | --- |")
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if not is_dataclass(value):
-            choices = item.metadata["choices"]
-            among = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
-            yield f"| `{prefix}{item.name}` | `{_yaml(value)}` | {item.metadata['doc']}{among} |"
+    yield from ("| key | default | on resume | meaning |", "| --- | --- | --- | --- |")
+    for key, rule, value in keys:
+        may_change = "may change" if rule.may_change else ""
+        yield f"| `{key}` | `{_yaml(value)}` | {may_change} | {' '.join([rule.doc, *_limits(rule)])} |"
+
+
+def _limits(rule: Rule) -> Iterator[str]:
+    """The values that a key may have, in sentences."""
+    if rule.choices:
+        yield f"One of {', '.join(f'`{choice}`' for choice in rule.choices)}."
+    if rule.least is not None:
+        yield f"At least {_number(rule.least)}."
+    if rule.below is not None:
+        yield f"Below {_number(rule.below)}."
+    if rule.most_from_file is not None:
+        yield f"In a file from elsewhere at most {_number(rule.most_from_file)}."
+
+
+def _number(value: float) -> str:
+    """`4,096`, or a great power of two as `2**63`."""
+    power = int(value).bit_length() - 1
+    return f"2**{power}" if power > 20 and value == 2**power else f"{value:,}"
 
 
 def _row(name: str, function: Callable[..., Any]) -> str:

@@ -10,9 +10,21 @@ from typing import Any
 
 import pytest
 
-from dist_train.config import Config, Every, UserError, from_mapping, get, load, nearest, to_mapping, to_yaml
+from dist_train.config import (
+    Config,
+    Every,
+    UserError,
+    changes,
+    from_file,
+    from_mapping,
+    get,
+    load,
+    nearest,
+    to_mapping,
+    to_yaml,
+)
 from dist_train.config.objects import construct
-from dist_train.config.schema import all_keys, each_field
+from dist_train.config.schema import all_keys, each_key
 from tests.conftest import REPO, Finished
 
 
@@ -93,11 +105,50 @@ def test_each_config_that_comes_along_is_right(file: Path) -> None:
 
 def test_every_key_is_documented_and_every_choice_allowed() -> None:
     defaults = Config()
-    for key, item, value in each_field(defaults):
-        assert item.metadata["doc"].endswith("."), key
+    for key, rule, value in each_key(defaults):
+        assert rule.doc.endswith("."), key
         assert get(defaults, key) == value
-        for choice in item.metadata["choices"]:
+        for choice in rule.choices:
             assert get(load([], ["train.epochs=1", f"{key}={choice}"]), key) == choice
+
+
+def test_the_limits_of_every_key_are_kept() -> None:
+    for key, rule, _ in each_key(Config()):
+        length = [] if key in ("train.epochs", "train.steps") else ["train.epochs=1"]
+        if rule.least is not None:
+            assert get(load([], [*length, f"{key}={rule.least}"]), key) == rule.least
+            with pytest.raises(UserError, match=f"'{key}' must be at least {rule.least}, not "):
+                load([], [*length, f"{key}={rule.least - 1}"])
+        if rule.below is not None:
+            with pytest.raises(UserError, match=f"'{key}' must be below {rule.below}, not "):
+                load([], [*length, f"{key}={rule.below}"])
+
+
+def test_a_file_from_elsewhere_may_not_ask_for_more_than_the_greatest_size() -> None:
+    limited = [(key, rule.most_from_file) for key, rule, _ in each_key(Config()) if rule.most_from_file]
+    assert {"train.batch_size", "eval.batch_size", "data.workers", "threads"} <= {key for key, _ in limited}
+    for key, most in limited:
+        *section, name = key.split(".")
+        for size in (most, most + 1):
+            values: dict[str, Any] = {"train": {"steps": 1}}
+            (values.setdefault(section[0], {}) if section else values)[name] = size
+            if size == most:
+                assert get(from_file(values, Path("a.pt"), needed=[""]), key) == most
+                continue
+            with pytest.raises(UserError, match=f"{key}: {size:,} is more than a file from elsewhere"):
+                from_file(values, Path("a.pt"), needed=[""])
+
+
+def test_a_key_may_change_when_its_section_or_the_key_itself_says_so() -> None:
+    may = {key for key, rule, _ in each_key(Config()) if rule.may_change}
+    assert {"log.every", "wandb.tags", "data.root", "threads", "train.steps"} <= may
+    assert not {"seed", "optim.lr", "train.batch_size", "data.args", "model.name", "precision"} & may
+    before = to_mapping(load([], ["train.steps=1"]))
+    found = changes(before, to_mapping(load([], ["train.steps=2", "optim.lr=1.0"])))
+    assert [(str(change), change.is_allowed) for change in found] == [
+        ("optim.lr: 0.001 -> 1.0", False),
+        ("train.steps: 1 -> 2", True),
+    ]
 
 
 def test_the_defaults_of_two_configurations_are_not_shared() -> None:

@@ -3,7 +3,9 @@
 Imports nothing else of ours, and not torch: a typo is reported before anything heavy is loaded.
 """
 
+from dist_train.config.changes import changes
 from dist_train.config.errors import RunError, UserError, nearest, printable
+from dist_train.config.every import Every, parse_seconds
 from dist_train.config.load import (
     completed,
     from_mapping,
@@ -14,7 +16,7 @@ from dist_train.config.load import (
     to_yaml,
 )
 from dist_train.config.objects import GIVEN, construct, given_name, import_object, with_given
-from dist_train.config.schema import Config, Every, get, parse_seconds
+from dist_train.config.schema import Config, get
 from dist_train.config.trust import from_file
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Every",
     "RunError",
     "UserError",
+    "changes",
     "completed",
     "construct",
     "from_file",

@@ -11,7 +11,7 @@ from dist_train.config.errors import UserError
 from dist_train.config.interpolation import texts
 from dist_train.config.load import from_mapping
 from dist_train.config.objects import GIVEN
-from dist_train.config.schema import Config, get
+from dist_train.config.schema import Config, each_key, get
 
 NAMES = ("model.name", "data.name", "task.name", "optim.name", "data.target_transform")
 TRANSFORMS = ("data.eval_transform", "data.train_transform")
@@ -30,14 +30,6 @@ SOURCES = dict.fromkeys(("image_folder", "csv", "arrays", "FakeData", "ImageFold
 )
 # Arguments of timm's models that read files, also pickled ones, or name another model, also one of a hub.
 FILES = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "model_name")
-LIMITS = {
-    "threads": 4096,
-    "data.workers": 256,
-    "data.prefetch": 1024,
-    "train.batch_size": 2**20,
-    "train.accumulate": 2**16,
-    "eval.batch_size": 2**20,
-}
 LENGTH = 10_000  # the greatest length in a transform's arguments, in pixels
 
 
@@ -120,9 +112,9 @@ def _objections(config: Config) -> Iterator[tuple[str, str]]:
         if name.startswith("timm/"):
             for argument in sorted(set(FILES) & set(args)):
                 yield f"model.args.{argument}", "timm would read a file that it names"
-    for key, most in LIMITS.items():
-        if (get(config, key) or 0) > most:
-            yield key, f"{get(config, key):,} is more than a file from elsewhere may ask for ({most:,})"
+    for key, rule, value in each_key(config):
+        if rule.most_from_file is not None and (value or 0) > rule.most_from_file:
+            yield key, f"{value:,} is more than a file from elsewhere may ask for ({rule.most_from_file:,})"
     if "root" in config.data.args:
         yield "data.args.root", "it would take the place of data.root"
     source = config.data.name

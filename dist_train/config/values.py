@@ -10,7 +10,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dist_train.config.errors import UserError, nearest
-from dist_train.config.schema import Config, Every, all_keys, each_field, get, parse_seconds
+from dist_train.config.every import Every, parse_seconds
+from dist_train.config.schema import Config, all_keys, each_key, get
 
 
 def leaves(values: dict[Any, Any], schema: type, prefix: str, where: str) -> Iterator[tuple[str, Any, Any]]:
@@ -71,21 +72,6 @@ def _fits(value: Any, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-POSITIVE = (
-    "train.batch_size",
-    "train.epochs",
-    "train.steps",
-    "train.accumulate",
-    "log.every",
-    "checkpoint.keep",
-    "eval.batch_size",
-    "threads",
-    "timeout_seconds",
-    "data.prefetch",
-    "max_skips",
-)
-
-
 NAME_BYTES = 255  # of a file's name, on all common file systems
 
 
@@ -104,27 +90,14 @@ def check_values(config: Config, origin: Mapping[str, str]) -> None:
         text, _ = config.written.get(tuple(key.split(".")), (None, None))
         return repr(get(config, key)) if text is None else repr(text)
 
-    for key, item, value in each_field(config):
-        choices = item.metadata.get("choices")
-        if choices and value not in choices:
-            near = nearest(str(value), choices)
-            refuse(key, f"can't be {shown(key)}; choose one of {', '.join(choices)}{near}")
-
-    def at_least(key: str, least: float) -> None:
-        value = get(config, key)
-        if value is not None and not value >= least:
-            refuse(key, f"must be at least {least}, not {shown(key)}")
-
-    for key in POSITIVE:
-        at_least(key, 1)
-    for key in ("seed", "data.workers", "train.clip_norm", "optim.lr", "watchdog_seconds"):
-        at_least(key, 0)
-    for key in ("train.ema", "data.eval_fraction"):
-        at_least(key, 0)
-        if get(config, key) >= 1:
-            refuse(key, f"must be below 1, not {shown(key)}")
-    if config.seed >= 2**63:
-        refuse("seed", "must be below 2**63")
+    for key, rule, value in each_key(config):
+        if rule.choices and value not in rule.choices:
+            near = nearest(str(value), rule.choices)
+            refuse(key, f"can't be {shown(key)}; choose one of {', '.join(rule.choices)}{near}")
+        if rule.least is not None and value is not None and not value >= rule.least:
+            refuse(key, f"must be at least {rule.least}, not {shown(key)}")
+        if rule.below is not None and value is not None and not value < rule.below:
+            refuse(key, f"must be below {rule.below}, not {shown(key)}")
     if not config.train.epochs and not config.train.steps:
         refuse("train.epochs", "is missing: give the length of the run here or in 'train.steps'")
     if config.train.epochs and config.train.steps:
