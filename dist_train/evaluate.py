@@ -11,7 +11,10 @@ from torch import nn
 from dist_train.config import RunError, UserError
 from dist_train.data import Batch
 from dist_train.runtime import Runtime
-from dist_train.task import Task, measure
+from dist_train.tasks import Task
+from dist_train.tasks.base import name_of
+
+Unread = list[tuple[str, str]]  # samples that could not be read, and why
 
 
 @torch.no_grad()
@@ -19,16 +22,15 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     task: Task,
-    runtime: Runtime,
+    ranks: Runtime,
     channels_last: bool = False,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """The means of loss and metrics over the samples of all ranks, as `eval/<name>`; and the samples
-    that could not be read and count nowhere, with the reason.
+) -> tuple[dict[str, float], Unread]:
+    """What the task reports of the sums over all ranks' batches, as `eval/<name>`; and the samples that
+    could not be read and count nowhere, with the reason.
 
-    Sums and counts are added up in float64; nothing is padded and nothing trimmed. If `stop` turns true
-    on any rank there are no means. Raises UserError for a task that doesn't give one number for each
-    sample, or not always the same ones.
+    Nothing is padded and nothing trimmed. If `stop` turns true on any rank there are no metrics. Raises
+    UserError for a task that doesn't always give the same sums.
 
     Args:
         model: the bare model, not its DDP wrapper; left in the mode that it was in.
@@ -36,39 +38,54 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    for buffer in model.buffers() if runtime.world_size > 1 else ():
+    for buffer in model.buffers() if ranks.world_size > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # BatchNorm's averages differ from rank to rank
-    values: dict[str, list[torch.Tensor]] = {}
+    floats: dict[str, list[torch.Tensor]] = {}  # of each batch
+    whole: dict[str, torch.Tensor] = {}  # whole numbers add up exactly in any order
+    names: set[frozenset[str]] = set()
     stopped = False
-    bad: list[tuple[str, str]] = []
+    unread: Unread = []
     for batch in batches:
         if stopped := stop():
             break
-        inputs, targets, _, unreadable = batch.to(runtime.device, channels_last)
-        bad += unreadable
-        if not len(targets):  # all of them
+        batch = batch.to(ranks.device, channels_last)
+        unread += batch.bad
+        if not len(batch.targets):  # none of it could be read
             continue
-        for name, value in measure(task, model(inputs), targets).items():
-            values.setdefault(name, []).append(value)
+        sums = task.sums(model, batch)
+        names.add(frozenset(sums))
+        for name, value in sums.items():
+            if value.is_floating_point():
+                floats.setdefault(name, []).append(value)
+            else:
+                whole[name] = whole[name] + value if name in whole else value
     model.train(training)
-    # One value per sample stays on the device until here, so no batch waits for a result.
-    columns = {name: torch.cat(items).double().cpu() for name, items in values.items()}
-    mine = {name: (column.sum().item(), len(column)) for name, column in columns.items()}
-    ranks = runtime.gather((mine, stopped, bad))
-    unread = [item for _, _, items in ranks for item in items]
-    if any(stopped for _, stopped, _ in ranks):
+    # What a batch gives stays on the device until here, so no batch waits for a result.
+    columns = {name: torch.stack(values).cpu().double() for name, values in floats.items()}
+    mine = (columns, {name: value.cpu() for name, value in whole.items()}, names, stopped, unread)
+    gathered = ranks.gather(mine)
+    unread = [item for *_, items in gathered for item in items]
+    if any(stopped for *_, stopped, _ in gathered):
         return {}, unread
-    some = [sums for sums, _, _ in ranks if sums]  # a rank without samples has none
-    if not some:
+    names = {name for _, _, each, _, _ in gathered for name in each}
+    if not names:
         first = f" could be read; the first: {unread[0][1]}" if unread else " is there"
         raise RunError(f"data: not one sample of the eval set{first}")
-    if any(sums.keys() != some[0].keys() or len({n for _, n in sums.values()}) > 1 for sums in some):
+    if len(names) > 1:
         raise UserError(
-            f"task: '{type(task).__name__}' gives some metrics for a part of the batches only; it must give"
-            " the same ones each time."
+            f"task: {name_of(task)} gives some metrics for a part of the batches only; it must give the same"
+            " ones each time."
         )
-    means = {}
-    for name in some[0]:
-        parts = [sums[name] for sums in some]
-        means[f"eval/{name}"] = math.fsum(p[0] for p in parts) / sum(p[1] for p in parts)
-    return means, unread
+    total = {}
+    for name in next(iter(names)):
+        some = [columns[name] for columns, *_ in gathered if name in columns]  # a rank may have no batch
+        numbers = [whole[name] for _, whole, *_ in gathered if name in whole]
+        total[name] = _sum(torch.cat(some)) if some else torch.stack(numbers).sum(0)
+    return {f"eval/{name}": value for name, value in task.report(total).items()}, unread
+
+
+def _sum(column: torch.Tensor) -> torch.Tensor:
+    """The sum over batches `[N, ...]`; of single numbers the exact one, rounded once."""
+    if column.ndim > 1:
+        return column.sum(0)
+    return torch.tensor(math.fsum(column.tolist()), dtype=torch.float64)

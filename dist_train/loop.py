@@ -18,7 +18,6 @@ import torch
 
 from dist_train import checkpoint, data, optim
 from dist_train import state as states
-from dist_train import task as tasks
 from dist_train.config import Config, Every, RunError
 from dist_train.evaluate import evaluate
 from dist_train.interrupt import Interrupt
@@ -26,7 +25,7 @@ from dist_train.keys import key
 from dist_train.meters import Best, Clock, Window
 from dist_train.runtime import Runtime, seed_device
 from dist_train.state import State
-from dist_train.task import Task
+from dist_train.tasks import Task
 from dist_train.tracking import Tracker
 from dist_train.watchdog import Watchdog
 
@@ -85,7 +84,7 @@ def steps(
             # the same units as 1 process x 2 parts.
             seed_device(device, key(config.seed, "noise", step, ranks.rank * accumulate + micro))
             with nullcontext() if micro == accumulate - 1 else accelerator.no_sync(model):
-                losses = tasks.losses(task, model(batch.inputs), batch.targets)
+                losses, _ = task.losses(model, batch)
                 # The mean over the global batch, however it was cut; DDP divides by the world size.
                 weight = ranks.world_size / batch.part.total if batch.part.size else 0.0
                 weights = torch.full_like(losses, weight)

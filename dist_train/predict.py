@@ -20,8 +20,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from dist_train import checkpoint, data, models, runtime
-from dist_train import task as tasks
+from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
 from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
@@ -215,9 +214,12 @@ def evaluate_run(
                     f"data: its classes ({', '.join(sets.classes)}) are not those of the run"
                     f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
                 )
-            task = tasks.build(config) if task is None else task
-            outputs = models.probe(model, sets.sample_shape, config.model.name).to(ranks.device)
-            tasks.check(task, outputs, data.first_targets(sets.eval).to(ranks.device), len(sets.classes))
+            task = tasks.build(config) if task is None else tasks.complete(task)
+            batch, outputs = data.first_batch(sets.eval), None
+            if isinstance(task, tasks.SampleTask):
+                outputs = models.probe(model, sets.sample_shape, config.model.name).to(ranks.device)
+                batch = batch.to(ranks.device)
+            tasks.check(task, model, batch, outputs, len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
         metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
         for _, reason in unread if ranks.is_main else ():

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, models, optim, runtime
+from dist_train import checkpoint, data, models, optim, runtime, tasks
 from dist_train import state as states
-from dist_train import task as tasks
 from dist_train.config import Config, UserError, completed, from_file, printable
 from dist_train.loop import steps
 from dist_train.meters import Clock

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_train import checkpoint, models, optim
-from dist_train import task as tasks
+from dist_train import checkpoint, models, optim, tasks
 from dist_train.config import Config, UserError, changes, completed, to_mapping
-from dist_train.data import Data, first_targets
+from dist_train.data import Data, first_batch
 from dist_train.keys import key
 from dist_train.meters import Best
 from dist_train.progress import counted
 from dist_train.runtime import Runtime
-from dist_train.task import Task
+from dist_train.tasks import Task
 
 
 @dataclass
@@ -64,23 +63,29 @@ def build(
         model = models.build(
             config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
         )
-    outputs = {
-        shape: models.probe(model, shape, config.model.name).to(runtime.device)
-        for shape in {data.sample_shape, data.train_shape}
-    }
+    names = try_task(config, runtime, data, model, task) if task is not None else []
     if task is not None:
-        parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
-        for part, (samples, shape) in parts.items():
-            targets = first_targets(samples).to(runtime.device)
-            names = tasks.check(task, outputs[shape], targets, len(data.classes))
-            if tasks.is_classification(task) and not data.classes:  # as many as the model has outputs
-                samples.classes = outputs[shape].shape[1]
-                samples.check_labels(part)
         Best.parse(config.checkpoint.best or task.best).check(names)
     model.to(runtime.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return State(model, model, optim.build(config, model))
+
+
+def try_task(config: Config, ranks: Runtime, data: Data, model: nn.Module, task: Task) -> list[str]:
+    """The names of what the task reports, which is tried on samples of both sets, without a trace."""
+    names: list[str] = []
+    parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
+    for part, (samples, shape) in parts.items():
+        batch, outputs = first_batch(samples), None
+        if isinstance(task, tasks.SampleTask):
+            outputs = models.probe(model, shape, config.model.name).to(ranks.device)
+            batch = batch.to(ranks.device)  # where the model will be, which a task of one's own may rely on
+        names = tasks.check(task, model, batch, outputs, len(data.classes))
+        if outputs is not None and tasks.is_classification(task) and not data.classes:
+            samples.classes = outputs.shape[1]  # as many as the model has outputs
+            samples.check_labels(part)
+    return names
 
 
 def spread(config: Config, state: State, ranks: Runtime) -> None:

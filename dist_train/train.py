@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, optim, runtime
+from dist_train import checkpoint, data, optim, runtime, tasks
 from dist_train import state as states
-from dist_train import task as tasks
 from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml, with_given
 from dist_train.interrupt import Interrupt
 from dist_train.lock import Lock
@@ -25,7 +24,7 @@ from dist_train.meters import Best, Clock
 from dist_train.progress import Progress, counted
 from dist_train.runtime import Runtime
 from dist_train.snapshot import unreadable
-from dist_train.task import Task
+from dist_train.tasks import Task
 from dist_train.tracking import SECONDS, Tracker, read_status
 from dist_train.watchdog import Watchdog
 
@@ -100,7 +99,7 @@ def _fit(
     notes: list[str] = []
     with ranks.together():
         runtime.micro_batch(config.train.batch_size, ranks.world_size, config.train.accumulate)
-        task = tasks.build(config) if task is None else task
+        task = tasks.build(config) if task is None else tasks.complete(task)
         with ranks.main_of_node_first():
             sets = data.build(config, train_data, eval_data)
         if eval_data is not None and train_data is None:

@@ -14,7 +14,7 @@ from dist_train.config import Config
 from dist_train.config.options import Rule
 from dist_train.config.schema import each_key
 from dist_train.data import sources
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 PAGE = Path(__file__).with_name("configuration.md")
 

@@ -3,7 +3,7 @@
 import torch
 
 import dist_train
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 
 class Focal(Classification):

@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_train.config import RunError, UserError
 from dist_train.evaluate import evaluate
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 from dist_train.tracking import read_status
 from tests.conftest import SMALL, Finished
 from tests.distributed.ranks import equal, last

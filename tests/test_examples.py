@@ -80,7 +80,7 @@ def test_a_model_that_each_rank_made_otherwise_is_that_of_rank_0(
 def test_a_loss_of_ones_own_that_the_configuration_names_can_be_predicted_with(
     tmp_path: Path, small: list[str], image_folder: Path, cli: Callable[..., Finished]
 ) -> None:
-    (tmp_path / "mine.py").write_text("from dist_train.task import Classification as Mine\n")
+    (tmp_path / "mine.py").write_text("from dist_train.tasks import Classification as Mine\n")
     trained = cli("train", *small, "task.name=mine:Mine")
     assert trained.rc == 0, trained
     predicted = cli("predict", "runs/run", image_folder / "val", "--format", "json")

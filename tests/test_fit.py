@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_stops_at_once(
 
 FAILS_ONCE = """
 import pathlib
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 class FailsOnce(Classification):
     steps = 0

@@ -22,7 +22,7 @@ runpy.run_module("dist_train", run_name="__main__", alter_sys=True)
 """
 LATE = """
 import atexit, os, signal
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 class Late(Classification):
     pass
@@ -36,7 +36,7 @@ def test_a_signal_before_training_ends_it_as_interrupted(
     name: str, run: Callable[..., Finished], small: list[str], tmp_path: Path
 ) -> None:
     """From the first import on; the last one is that of the task, within `fit`."""
-    (tmp_path / "mine.py").write_text("from dist_train.task import Classification as Mine")
+    (tmp_path / "mine.py").write_text("from dist_train.tasks import Classification as Mine")
     finished = run("-c", EARLY, "train", *small, "task.name=mine:Mine", env={"AT": name})
     assert (finished.rc, finished.err.count("Traceback")) == (75, 0), finished
     assert name == "mine" or (finished.out, finished.err) == ("", ""), finished

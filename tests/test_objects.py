@@ -15,7 +15,7 @@ from torch import nn
 from dist_train import load
 from dist_train.config import UserError
 from dist_train.predict import evaluate_run, load_model, predict
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 from tests.conftest import CLASSES, SMALL, Finished, pictures
 
 DATA = ["data.name=fashion_mnist", "data.root=null"]  # of what is then not used

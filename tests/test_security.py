@@ -157,7 +157,7 @@ def test_the_commands_take_trust_and_tell_a_refusal_in_one_sentence(world: Path)
 def test_classes_that_run_nothing_of_others_need_no_trust(world: Path) -> None:
     rewrite(
         {
-            "task.name": "dist_train.task:Classification",
+            "task.name": "dist_train.tasks:Classification",
             "optim.name": "torch.optim:SGD",
             "data.eval_transform": [{"torchvision.transforms.v2:Resize": {"size": [8, 8]}}],
         }

@@ -22,7 +22,7 @@ CLASSES = {
     "torch.optim": "Optimizer",
     "torchvision.models": "Module",
     "torchvision.transforms.v2": "Transform",
-    "dist_train.task": "Classification",
+    "dist_train.tasks": "Classification",
 }
 # Data sets that neither unpack nor unpickle what they find, and whether they would download.
 SOURCES = dict.fromkeys(("image_folder", "csv", "arrays", "FakeData", "ImageFolder"), False) | dict.fromkeys(

@@ -27,7 +27,7 @@ from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.keys import key
 from dist_train.runtime import Runtime, micro_batch
 
-__all__ = ["Batch", "Data", "build", "eval_transform", "first_targets", "recorded"]
+__all__ = ["Batch", "Data", "build", "eval_transform", "first_batch", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     return Data(train, evaluation, classes, shape, train_shape, notes)
 
 
-def first_targets(samples: Samples) -> torch.Tensor:
-    """The target of the first sample that can be read, twice, as a batch has them: `[2, ...]`."""
+def first_batch(samples: Samples) -> Batch:
+    """The first sample that can be read, twice, as a batch has it."""
     parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
-    return next(batch.targets for part in parts for batch in samples.batches([part]) if len(batch.targets))
+    return next(batch for part in parts for batch in samples.batches([part]) if len(batch.targets))
 
 
 def _bytes(size: int, shape: tuple[int, ...]) -> int:

@@ -80,7 +80,7 @@ def test_an_interrupted_run_saves_on_all_ranks_at_one_step_and_goes_on(tmp_path:
 
 STOPS_ITSELF = """
 import os, pathlib, signal
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 class StopsItself(Classification):
     # The fourth batch that is evaluated is in the middle of the second evaluation; the task is tried on a

@@ -14,7 +14,7 @@ SAMPLE = f"data.root={ROOT / 'dist_train' / 'assets'}"
 # A task that writes down what each rank was given: the labels, and a fingerprint of each image.
 SPY = """
 import json, os
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 class Spy(Classification):
     def loss(self, outputs, targets):

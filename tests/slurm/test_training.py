@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slurm
 STEPS = 400
 SLOW = '''
 import os, pathlib, time
-from dist_train.task import Classification
+from dist_train.tasks import Classification
 
 class Slow(Classification):
     """Steps take 0.2 s as long as there is a file `slow`."""
