@@ -12,7 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from dist_train.data.permutation import permuted
 from dist_train.keys import key
+
+# From so many samples on, an order in each rank's memory (8 bytes a sample) and the pause to shuffle it cost
+# more than to encrypt the positions of each batch (docs/scale.md). Another number would change runs' orders.
+LONG = 2**24
 
 
 class Part(NamedTuple):
@@ -72,21 +77,23 @@ class DistributedSampler:
             for part in range(first, first + self.accumulate):
                 yield self.part(step, part)
 
-    def order(self, epoch: int) -> np.ndarray:
-        """All positions `[N]` in the order of an epoch."""
+    def order(self, epoch: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """The positions `[last - first]` at the places `first` to `last` (the end) of an epoch's order."""
+        last = self.length if last is None else min(last, self.length)
+        if not self.shuffle:
+            return np.arange(first, last)
+        seed = key(self.seed, "order", epoch)
+        if self.length >= LONG:
+            return permuted(self.length, seed, first, last)
         if epoch != self._epoch:
-            if self.shuffle:
-                generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
-                self._order = torch.randperm(self.length, generator=generator).numpy()
-            else:
-                self._order = np.arange(self.length)
-            self._epoch = epoch
-        return self._order
+            generator = torch.Generator().manual_seed(seed)
+            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator).numpy()
+        return self._order[first:last]
 
     def global_batch(self, step: int) -> np.ndarray:
         """The positions `[G]` of all samples of a step, the same for any number of processes."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        return self.order(epoch)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return self.order(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
 
     def part(self, step: int, part: int) -> Part:
         """Part number `part` (rank x accumulate + micro-batch) of a step's global batch."""
