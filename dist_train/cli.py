@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_train import __version__
+from dist_train.cluster import slurm
 from dist_train.config import RunError, UserError, load_words, printable
 from dist_train.config.schema import all_keys
 
@@ -316,7 +317,7 @@ def _say(text: str) -> None:
 
 def _is_main() -> bool:
     """Whether this is rank 0, also before the process group is there."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    rank = os.environ.get("RANK") or slurm.task(os.environ) or "0"
     return rank == "0"
 
 

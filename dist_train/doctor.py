@@ -16,10 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from subprocess import PIPE, Popen
 
+from dist_train.cluster import slurm
+
 MIB, GIB = 2**20, 2**30
 DISK_BYTES, REDUCE_BYTES = 64 * MIB, 16 * MIB
 REDUCE_SECONDS = 120  # that two processes get to start, meet and measure
-SLURM_NAMES = ("JOB_ID", "ARRAY_TASK_ID", "NNODES", "NTASKS", "PROCID", "CPUS_PER_TASK", "GPUS_ON_NODE")
 
 
 @dataclass(frozen=True)
@@ -182,9 +183,7 @@ def _limits() -> Iterator[Finding]:
 
 
 def _slurm() -> Iterator[Finding]:
-    found = [f"{name}={os.environ[f'SLURM_{name}']}" for name in SLURM_NAMES if f"SLURM_{name}" in os.environ]
-    there = "sbatch is here: dist-train submit" if shutil.which("sbatch") else "none on this machine"
-    yield Finding("SLURM", f"in a job: {' '.join(found)}" if "SLURM_JOB_ID" in os.environ else there)
+    yield Finding("SLURM", slurm.describe(os.environ))
 
 
 def _wandb() -> Iterator[Finding]:

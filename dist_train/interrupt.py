@@ -93,7 +93,7 @@ def end_as_interrupted(*_: object) -> None:
 @contextmanager
 def launcher_watched(gone: Callable[[], None] = end_as_interrupted) -> Iterator[None]:
     """Meanwhile a thread calls `gone` each second in which the launcher of this process is no more."""
-    from dist_train.launchers import was_launched
+    from dist_train.cluster.accelerate import was_launched
 
     launcher = BORN[1] if BORN[0] == os.getpid() else os.getppid()  # a forked process has another parent
     left = threading.Event()

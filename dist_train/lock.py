@@ -17,8 +17,8 @@ from typing import Any
 
 import psutil
 
+from dist_train.cluster import slurm
 from dist_train.config import UserError
-from dist_train.launchers import slurm_job
 
 RENEW_SECONDS = 5  # how often the holder renews it
 CLOCK_SECONDS = 60  # by which a clock may be set while a process lives
@@ -95,8 +95,8 @@ def _myself(token: str) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),  # pids are used again
-        "slurm_job": slurm_job(os.environ),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "slurm_job": slurm.job_name(os.environ),
+        "restart": slurm.restarts(os.environ),
         "token": token,
     }
 

@@ -23,8 +23,9 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.cluster import slurm
+from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError
-from dist_train.launchers import asked_of_accelerate, check_slurm, slurm_ranks, was_launched
 from dist_train.progress import counted
 
 
@@ -111,8 +112,8 @@ def start(config: Config) -> Runtime:
 
     Raises UserError when a device is missing or fewer processes came up than were asked for.
     """
-    os.environ.update(slurm_ranks(os.environ))
-    check_slurm(os.environ)
+    os.environ.update(slurm.ranks(os.environ))
+    slurm.check_ranks(os.environ)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if (asked := asked_of_accelerate()) and asked > world_size:
         raise UserError(

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
-from dist_train.launchers import slurm_job
 from dist_train.progress import Progress, clock, counted
 
 INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
@@ -147,7 +147,7 @@ class Tracker:
             "trouble": self.trouble,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "slurm_job": slurm_job(os.environ),
+            "slurm_job": slurm.job_name(os.environ),
             "lost_steps": self.account.lost_steps,
             "skipped_steps": self.skipped,
             "bad_samples": len(self._known_bad),

@@ -11,20 +11,17 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 
 import torch.distributed as dist
 
+from dist_train.cluster import slurm
 from dist_train.config import Config, parse_seconds
 from dist_train.interrupt import Interrupt
-from dist_train.launchers import slurm_job
 from dist_train.lock import RENEW_SECONDS, Lock
 from dist_train.runtime import Runtime
 
@@ -202,28 +199,8 @@ def _deadline(config: Config, started: float) -> tuple[float, str]:
     """When to stop, as time.monotonic(), and why; 0 for no deadline."""
     if config.stop_after:
         return started + parse_seconds(config.stop_after), f"stop_after={config.stop_after}"
-    end = slurm_end(os.environ)
+    end = slurm.end_time(os.environ)
     if not end:
         return 0.0, ""
     left = end - time.time()
     return time.monotonic() + left - min(MARGIN_SECONDS, left / 5), "SLURM's time limit is near"
-
-
-def slurm_end(env: dict[str, str] | os._Environ[str]) -> float | None:
-    """When SLURM will end this job, as time.time(), or None where that is not known."""
-    if (job := slurm_job(env)) is None:
-        return None
-    if env.get("SLURM_JOB_END_TIME", "").isdigit():
-        return float(env["SLURM_JOB_END_TIME"])
-    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
-        told = subprocess.run(
-            ["scontrol", "show", "job", "--oneliner", job],
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=20,
-        )
-        found = re.search(r"\bEndTime=(\S+)", told.stdout)
-        if found:
-            return datetime.fromisoformat(found[1]).timestamp()  # "Unknown" is a ValueError
-    return None

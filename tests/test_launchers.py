@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from dist_train.cluster.slurm import check_ranks, first_host, ranks, tasks_on_node
 from dist_train.config import UserError
-from dist_train.launchers import check_slurm, first_host, slurm_ranks, tasks_on_node
 from dist_train.runtime import micro_batch
 
 STEP = {
@@ -19,20 +19,20 @@ STEP = {
 
 
 def test_a_task_of_a_step_is_a_rank() -> None:
-    ranks = slurm_ranks(STEP)
-    port = ranks.pop("MASTER_PORT")
-    assert ranks == {
+    variables = ranks(STEP)
+    port = variables.pop("MASTER_PORT")
+    assert variables == {
         "RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "localhost",
     }  # fmt: skip
     changed = [{"SLURM_RESTART_COUNT": "1"}, {"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}]
-    assert len({port, *(slurm_ranks(STEP | change)["MASTER_PORT"] for change in changed)}) == 4
+    assert len({port, *(ranks(STEP | change)["MASTER_PORT"] for change in changed)}) == 4
 
 
 def test_the_shell_of_an_allocation_is_alone() -> None:
     """SLURM_NTASKS there is what the allocation has room for."""
-    assert slurm_ranks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == {}
-    assert slurm_ranks(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
+    assert ranks({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == {}
+    assert ranks(STEP | {"SLURM_STEP_NUM_TASKS": "1"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_the_shell_of_an_allocation_is_alone() -> None:
 )
 def test_ranks_that_would_train_alone_are_refused(given: dict[str, str], sentence: str) -> None:
     if not sentence:
-        return check_slurm(STEP | given)
+        return check_ranks(STEP | given)
     with pytest.raises(UserError, match=sentence):
-        check_slurm(STEP | given)
+        check_ranks(STEP | given)
 
 
 def test_lists_of_nodes_and_tasks() -> None:

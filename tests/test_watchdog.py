@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_train.cluster import slurm
 from dist_train.config import parse_seconds
 from dist_train.report.status import collect
 from dist_train.tracking import read_status
-from dist_train.watchdog import last_rank, slurm_end
+from dist_train.watchdog import last_rank
 from tests.conftest import REPO, SMALL, Finished
 from tests.distributed.ranks import last
 
@@ -288,10 +289,10 @@ def test_the_time_limit_of_slurm_is_known(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         scontrol.write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\necho '{answer.format(end)}'\n")
         scontrol.chmod(0o755)
-        assert slurm_end(job) == expected
+        assert slurm.end_time(job) == expected
         assert (tmp_path / "asked").read_text().split()[-1] == "7_2"
-    assert slurm_end({}) is None
-    assert slurm_end({**job, "SLURM_JOB_END_TIME": "1900000000"}) == 1.9e9
+    assert slurm.end_time({}) is None
+    assert slurm.end_time({**job, "SLURM_JOB_END_TIME": "1900000000"}) == 1.9e9
 
 
 @pytest.mark.parametrize(

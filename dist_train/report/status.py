@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import lock
+from dist_train.cluster import slurm
 from dist_train.config import UserError, printable
 from dist_train.tracking import read_status
 
@@ -34,7 +33,7 @@ def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, An
             raise UserError(f"{path}: there is no such run.")
         folders += found
     rows = [_row(folder) for folder in (folders if runs else _runs(top))]
-    jobs = slurm_states([str(row["slurm_job"]) for row in rows if row.get("slurm_job")])
+    jobs = slurm.states([str(row["slurm_job"]) for row in rows if row.get("slurm_job")])
     return [{**row, "slurm_state": jobs.get(str(row.get("slurm_job")))} for row in rows]
 
 
@@ -63,22 +62,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as one JSON list."""
     return json.dumps(rows, indent=2)
-
-
-def slurm_states(jobs: Sequence[str]) -> dict[str, str]:
-    """SLURM's state of each job, as RUNNING; ENDED if its queue holds it no more; empty if it can't tell."""
-    if not jobs or not shutil.which("squeue"):
-        return {}
-    words = ["squeue", "--noheader", "--array", "--format=%i %T", f"--jobs={','.join(sorted(set(jobs)))}"]
-    try:
-        asked = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    # It knows ended jobs for some minutes; asked for one that it has forgotten, it fails.
-    if asked.returncode and "Invalid job id" not in asked.stderr:
-        return {}
-    told = dict(line.split(maxsplit=1) for line in asked.stdout.splitlines() if len(line.split()) > 1)
-    return {job: told.get(job, "ENDED") for job in jobs}
 
 
 def _runs(path: Path) -> list[Path]:

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slurm
 
 TELLS = """
 import json, os, sys
-from dist_train.launchers import slurm_ranks
-told = slurm_ranks(os.environ) | {k: os.environ[k] for k in ("OMP_NUM_THREADS", "SLURMD_NODENAME")}
+from dist_train.cluster import slurm
+told = slurm.ranks(os.environ) | {k: os.environ[k] for k in ("OMP_NUM_THREADS", "SLURMD_NODENAME")}
 told |= {"attempt": os.environ.get("SLURM_RESTART_COUNT", "0"), "arguments": sys.argv[1:]}
 print(json.dumps(told), flush=True)
 """
