@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
 from dist_train.report.status import collect
 from tests.conftest import Finished
@@ -151,7 +152,7 @@ def test_squeue_is_asked_once_for_all_jobs(cli: Callable[..., Finished], tmp_pat
     program.chmod(0o755)
     result = cli("status", "--json", env={"PATH": f"{program.parent}:{os.environ['PATH']}"})
     states = {row["slurm_job"]: row["slurm_state"] for row in json.loads(result.out)}
-    assert found == {"12": "RUNNING", "31_1": "PENDING", "9": "ENDED", None: None}
+    assert states == {"12": "RUNNING", "31_1": "PENDING", "9": "ENDED", None: None}
     calls = (tmp_path / "squeue.calls").read_text().splitlines()
     assert [call.split("--jobs=")[1] for call in calls] == ["12,31_1,9"]
 
@@ -168,13 +169,13 @@ def test_a_real_slurm_tells_the_states_of_jobs(
     single = slurm.ask(*sbatch, cwd=tmp_path).strip()
     array = slurm.ask(*sbatch, "--array=0-1", cwd=tmp_path).strip()
     try:
-        found = states([single, f"{array}_0", f"{array}_1", "999999"])
+        found = slurm_states([single, f"{array}_0", f"{array}_1", "999999"])
         assert found == {
             single: "PENDING",
             f"{array}_0": "PENDING",
             f"{array}_1": "PENDING",
             "999999": "ENDED",
         }
-        assert states(["999999"]) == {"999999": "ENDED"}
+        assert slurm_states(["999999"]) == {"999999": "ENDED"}
     finally:
         slurm.ask("scancel", single, array)
