@@ -27,6 +27,7 @@ from dist_train.cluster import slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError
 from dist_train.progress import counted
+from dist_train.seeds import seed_device as seed_device
 
 
 @dataclass(frozen=True)
@@ -302,12 +303,3 @@ def micro_batch(global_batch: int, world_size: int, accumulate: int) -> int:
 def _listed(numbers: list[int]) -> str:
     shown = numbers if len(numbers) <= 8 else [*numbers[:8], "..."]
     return ", ".join(map(str, shown))
-
-
-def seed_device(device: torch.device, seed: int) -> None:
-    """Seeds torch's generators of the CPU and of `device`, without torch.manual_seed's 0.1 ms."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)

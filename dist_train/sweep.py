@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from dist_train.config import UserError, is_override, load_words, nearest
-from dist_train.keys import key
+from dist_train.seeds import key
 
 FILE_KEYS = (
     "apiVersion", "command", "controller", "description", "early_terminate", "entity", "image_uri", "job",

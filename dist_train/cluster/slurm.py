@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from dist_train.config import UserError
-from dist_train.keys import key
+from dist_train.seeds import key
 
 SHOWN = ("JOB_ID", "ARRAY_TASK_ID", "NNODES", "NTASKS", "PROCID", "CPUS_PER_TASK", "GPUS_ON_NODE")
 

@@ -24,8 +24,8 @@ from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_p
 from dist_train.data.samples import Batch, Samples
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
-from dist_train.keys import key
 from dist_train.runtime import Runtime, micro_batch
+from dist_train.seeds import generator, key
 
 __all__ = ["Batch", "Data", "build", "eval_transform", "first_batch", "recorded"]
 
@@ -171,6 +171,5 @@ def _hold_out(data: Any, config: Config) -> tuple[Any, Any]:
             f"data: '{config.data.name}' has no evaluation set; set data.eval_fraction=0.1 to hold out a"
             " tenth of the training samples."
         )
-    generator = torch.Generator().manual_seed(key(config.seed, "hold out"))
-    order = torch.randperm(len(data), generator=generator).tolist()
+    order = torch.randperm(len(data), generator=generator(key(config.seed, "hold out"))).tolist()
     return Subset(data, sorted(order[held:])), Subset(data, sorted(order[:held]))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dist_train.data.permutation import permuted
-from dist_train.keys import key
+from dist_train.seeds import generator, key
 
 # From so many samples on, an order in each rank's memory (8 bytes a sample) and the pause to shuffle it cost
 # more than to encrypt the positions of each batch (docs/scale.md). Another number would change runs' orders.
@@ -86,8 +86,7 @@ class DistributedSampler:
         if self.length >= LONG:
             return permuted(self.length, seed, first, last)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(seed)
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator).numpy()
+            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator(seed)).numpy()
         return self._order[first:last]
 
     def global_batch(self, step: int) -> np.ndarray:

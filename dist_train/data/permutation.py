@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from dist_train.keys import key
+from dist_train.seeds import key
 
 ROUNDS = 10
 

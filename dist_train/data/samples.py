@@ -17,7 +17,8 @@ from dist_train.config import UserError
 from dist_train.data.images import BadSample, ImageFiles, InMemory, as_text
 from dist_train.data.labels import first_wrong, wrong
 from dist_train.data.order import Part
-from dist_train.data.transforms import ImageTransform, OneHot, seed_sample
+from dist_train.data.transforms import ImageTransform, OneHot
+from dist_train.seeds import seed_sample
 
 UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's
 MOST_BAD = 100  # in a row: then it isn't the samples

@@ -6,7 +6,6 @@ Names are those of torchvision.transforms.v2. What a random transform does to a 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, import_object, nearest
-from dist_train.keys import key
 from dist_train.progress import counted
+from dist_train.seeds import seed_sample as seed_sample
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
@@ -111,15 +110,6 @@ def _tensor(image: Any) -> Any:
     if not isinstance(image, np.ndarray):
         return image
     return v2.functional.to_image(image.astype(image.dtype.newbyteorder("="), copy=False))
-
-
-def seed_sample(seed: int, epoch: int, index: int, everything: bool = True) -> None:
-    """Seeds what a sample's transforms draw from: torch, and with `everything` also random and NumPy."""
-    number = key(seed, "augment", epoch, index)
-    torch.default_generator.manual_seed(number)
-    if everything:  # these two cost ten times what torch's costs
-        random.seed(number)
-        np.random.seed(number % 2**32)
 
 
 class OneHot:

@@ -97,7 +97,7 @@ def complete(task: Any) -> Task:
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
-    """`values` in float64, so that sums of millions are exact enough; in float32 on MPS, which has no more."""
+    """`values` in float64, so that sums of millions are exact enough; float32 on MPS, which has no more."""
     return values.float() if values.device.type == "mps" else values.double()
 
 
