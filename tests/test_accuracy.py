@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import pytest
 
 from dist_train.data.fashion_mnist import DEBIAN
-from tests.conftest import REPO, Finished
+from tests.processes import REPO, Finished
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,9 @@ from dist_train.config import RunError, UserError
 from dist_train.evaluate import evaluate
 from dist_train.tasks import Classification
 from dist_train.tracking import read_status
-from tests.conftest import SMALL, Finished
 from tests.distributed.ranks import equal, last
+from tests.processes import Finished
+from tests.worlds import SMALL
 
 SKIP = [*SMALL, "data.name=image_folder", "data.root=images", "data.on_bad_sample=skip",
         "data.train_transform=[RandomHorizontalFlip]", "model.args.dropout=0.2"]  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 import dist_train
-from tests.conftest import SMALL, Finished, one_after_the_other
+from tests.processes import Finished, one_after_the_other
+from tests.worlds import SMALL
 
 COMMANDS = ["train", "eval", "predict", "config", "summary", "samples", "replay", "verify",
             "submit", "sweep", "status", "doctor"]  # fmt: skip

@@ -25,7 +25,7 @@ from dist_train.config import (
 )
 from dist_train.config.objects import construct
 from dist_train.config.schema import all_keys, each_key
-from tests.conftest import REPO, Finished
+from tests.processes import REPO, Finished
 
 
 def write(path: Path, text: str) -> Path:

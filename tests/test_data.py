@@ -28,7 +28,8 @@ from dist_train.data.order import DistributedSampler, EvalSampler
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform
 from dist_train.runtime import Runtime
-from tests.conftest import CLASSES, SMALL, Finished, pictures, write_csv, write_images
+from tests.processes import Finished
+from tests.worlds import CLASSES, SMALL, pictures, write_csv, write_images
 
 
 def config(**sections: dict[str, Any]) -> Config:

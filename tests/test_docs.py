@@ -30,7 +30,7 @@ import pytest
 
 from dist_train.config import Config, load
 from dist_train.config.schema import all_keys
-from tests.conftest import REPO, environment, kill
+from tests.processes import REPO, environment, kill
 
 PAGES = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").glob("*.md"))]
 LINKING = [*PAGES, *(p for p in REPO.glob("*.md") if p not in PAGES), *REPO.glob("[b-s]*/README.md")]

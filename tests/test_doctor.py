@@ -10,7 +10,7 @@ import accelerate
 import torch
 
 from dist_train.runtime import allowed_cpus
-from tests.conftest import Finished
+from tests.processes import Finished
 
 LINE = re.compile(
     r"(ok|warning|failure) +(Python|torch|CPUs|memory|device|GPU \d+|all-reduce|disk|free disk|clock"

@@ -12,7 +12,7 @@ import pytest
 
 from dist_train.config import load
 from dist_train.tracking import read_metrics
-from tests.conftest import REPO, Finished, free_port
+from tests.processes import REPO, Finished
 
 EXAMPLES = REPO / "examples"
 QUIET = {"WANDB_MODE": "disabled"}
@@ -64,14 +64,11 @@ dist_train.fit(config | {"run": {"name": name}}, model=model, train_data=data, e
 
 
 def test_a_model_that_each_rank_made_otherwise_is_that_of_rank_0(
-    tmp_path: Path, start: Callable[..., Any]
+    tmp_path: Path, cli: Callable[..., Finished], ranks: Callable[..., list[Finished]]
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [{}, *({**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2))]
-    processes = [start(sys.executable, "script.py", env=variables) for variables in ranks]
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    finished = [cli("script.py"), *ranks(2, "script.py")]
+    assert [process.rc for process in finished] == [0, 0, 0], finished
     one, two = (last_metrics(tmp_path / "runs" / name) for name in ("w1", "w2"))
     assert one["eval/accuracy"] == two["eval/accuracy"]
     assert one["eval/loss"] == pytest.approx(two["eval/loss"], rel=1e-6)

@@ -20,8 +20,10 @@ import torch
 from dist_train import fit, load
 from dist_train.config import UserError
 from dist_train.tracking import read_metrics, read_status
-from tests.conftest import SMALL, Finished, environment, free_port, pictures
 from tests.distributed.ranks import same_bits
+from tests.processes import Finished, environment
+from tests.warm import Process
+from tests.worlds import SMALL, pictures
 
 
 def last(tmp_path: Path, name: str = "run") -> dict[str, Any]:
@@ -42,7 +44,7 @@ def steps_logged(run: Path) -> list[int]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_run_interrupted_in_mid_epoch_says_try_again_and_then_completes(
     name: str,
-    start: Callable[..., subprocess.Popen[str]],
+    begin: Callable[..., Process],
     here: Callable[..., Any],
     wait_for: Callable[..., None],
     tmp_path: Path,
@@ -51,7 +53,7 @@ def test_a_run_interrupted_in_mid_epoch_says_try_again_and_then_completes(
     np.savez(tmp_path / "many.npz", x_train=x, y_train=y, x_test=x[:99], y_test=y[:99])
     long = [*SMALL, "data.root=many.npz", "train.batch_size=2", "model.args.hidden=[8]",
             "model.args.dropout=0.5", "log.every=50", "checkpoint.every=never"]  # fmt: skip
-    process = start("-m", "dist_train", "train", *long, "train.steps=100000")
+    process = begin("train", *long, "train.steps=100000")
     run = tmp_path / "runs" / "run"
     wait_for(lambda: steps_logged(run)[-1:] >= [100], process)
     assert read_status(run)["state"] == "running"
@@ -90,13 +92,13 @@ def test_a_run_interrupted_in_mid_epoch_says_try_again_and_then_completes(
 
 
 def test_a_second_ctrl_c_stops_at_once(
-    start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], npz: Path, tmp_path: Path
+    begin: Callable[..., Process], wait_for: Callable[..., None], npz: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "import pathlib, time\n"
         "def slow(image):\n    pathlib.Path('reading').touch()\n    time.sleep(600)\n    return image\n"
     )
-    process = start("-m", "dist_train", "train", *SMALL, "data.train_transform=[mine:slow]")
+    process = begin("train", *SMALL, "data.train_transform=[mine:slow]")
     wait_for((tmp_path / "reading").exists, process)
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -275,14 +277,8 @@ except dist_train.UserError as error:
 
 
 def test_a_mistake_that_is_found_late_leaves_no_threads_that_would_abort_the_end_of_python(
-    small: list[str], tmp_path: Path, start: Callable[..., Any]
+    small: list[str], tmp_path: Path, ranks: Callable[..., list[Finished]]
 ) -> None:
     (tmp_path / "fails.py").write_text(FAILS.replace("WORDS", repr([*small, "run.dir=fails.py"])))
-    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [
-        start(sys.executable, "fails.py", env={**world, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in range(2)
-    ]
-    for out, err in [rank.communicate(timeout=120) for rank in ranks]:
-        assert "can't be written: Not a directory. []" in out, (out, err)
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    for rank in ranks(2, "fails.py"):
+        assert rank.rc == 0 and "can't be written: Not a directory. []" in rank.out, rank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import Finished
+from tests.processes import Finished
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Finished
+from tests.processes import Finished
 
 EARLY = """
 import importlib.abc, os, runpy, signal, sys

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,9 @@ from dist_train import lock as locks
 from dist_train.config import UserError
 from dist_train.lock import Lock
 from dist_train.tracking import read_status
-from tests.conftest import SMALL, Finished
+from tests.processes import Finished
+from tests.warm import Process
+from tests.worlds import SMALL
 
 SLOW = """
 import time
@@ -27,7 +28,7 @@ def slow(image):
     return image
 """
 SLOWLY = [*SMALL, "data.train_transform=[mine:slow]", "train.steps=60", "checkpoint.every=5", "log.every=1"]
-ENDLESS = ["-m", "dist_train", "train", *SLOWLY, "train.steps=100000"]
+ENDLESS = ["train", *SLOWLY, "train.steps=100000"]
 
 
 def hold(folder: Path, **changes: object) -> Path:
@@ -43,11 +44,14 @@ def saved(run: Path) -> bool:
 
 
 def test_a_second_attempt_is_refused_and_a_killed_one_is_no_obstacle(
-    under_way: Callable[..., subprocess.Popen[str]], cli: Callable[..., Finished], tmp_path: Path
+    begin: Callable[..., Process],
+    under_way: Callable[..., Process],
+    cli: Callable[..., Finished],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "mine.py").write_text(SLOW)
     run = tmp_path / "runs" / "run"
-    first = under_way(*ENDLESS, until=saved)
+    first = under_way(begin(*ENDLESS), until=saved)
     second = cli("train", *SLOWLY)
     assert second.rc == 2, second
     assert second.err.count("\n") == 1 and f"process {first.pid} on" in second.err, second
@@ -62,13 +66,16 @@ def test_a_second_attempt_is_refused_and_a_killed_one_is_no_obstacle(
 
 
 def test_a_newer_attempt_of_a_slurm_job_takes_over_and_the_older_one_ends(
-    under_way: Callable[..., subprocess.Popen[str]], cli: Callable[..., Finished], tmp_path: Path
+    begin: Callable[..., Process],
+    under_way: Callable[..., Process],
+    cli: Callable[..., Finished],
+    tmp_path: Path,
 ) -> None:
     """As when a node is cut off: SLURM starts the job elsewhere, the old ranks know nothing of it."""
     (tmp_path / "mine.py").write_text(SLOW)
     run = tmp_path / "runs" / "run"
     job = {"SLURM_JOB_ID": 7, "SLURM_JOB_END_TIME": int(time.time()) + 86400}
-    old = under_way(*ENDLESS, until=saved, env=job)
+    old = under_way(begin(*ENDLESS, env=job), until=saved)
     assert cli("train", *SLOWLY, env=job).rc == 2
     words = [*SLOWLY, "train.steps=100000", "stop_after=12 s"]
     new = cli("train", *words, env=job | {"SLURM_RESTART_COUNT": 1})

@@ -16,18 +16,8 @@ import pytest
 from PIL import Image
 
 from dist_train.config import UserError
-from tests.conftest import (
-    REPO,
-    SMALL,
-    Finished,
-    listing,
-    one_after_the_other,
-    pictures,
-    write_csv,
-    write_csv_data,
-    write_image_folder,
-    write_npz,
-)
+from tests.processes import REPO, Finished, one_after_the_other
+from tests.worlds import SMALL, listing, pictures, write_csv, write_csv_data, write_image_folder, write_npz
 
 ASSETS = REPO / "dist_train" / "assets"
 ABSENT = "mps" if sys.platform.startswith("linux") else "cuda"  # a device that can't be here

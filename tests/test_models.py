@@ -16,7 +16,8 @@ from torchvision.models.regnet import BlockParams
 from dist_train import models
 from dist_train.config import UserError
 from dist_train.predict import evaluate_run
-from tests.conftest import SMALL, Finished, one_after_the_other, write_npz
+from tests.processes import Finished, one_after_the_other
+from tests.worlds import SMALL, write_npz
 
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 

@@ -14,8 +14,9 @@ import torch
 
 from dist_train.config import RunError
 from dist_train.tracking import read_metrics, read_status
-from tests.conftest import SMALL, Finished, pictures
 from tests.distributed.ranks import equal, last
+from tests.processes import Finished
+from tests.worlds import SMALL, pictures
 
 POISONED = 41  # the training sample with a pixel that is no number
 WORDS = [*SMALL, "data.root=poisoned.npz", "log.every=1", "checkpoint.every=1", "checkpoint.keep=99"]

@@ -16,7 +16,8 @@ from dist_train import load
 from dist_train.config import UserError
 from dist_train.predict import evaluate_run, load_model, predict
 from dist_train.tasks import Classification
-from tests.conftest import CLASSES, SMALL, Finished, pictures
+from tests.processes import Finished
+from tests.worlds import CLASSES, SMALL, pictures
 
 DATA = ["data.name=fashion_mnist", "data.root=null"]  # of what is then not used
 

@@ -17,8 +17,8 @@ from dist_train import optim
 from dist_train.config import UserError, from_mapping
 from dist_train.predict import evaluate_run
 from dist_train.tracking import read_metrics
-from tests.conftest import SMALL
 from tests.distributed.ranks import same_bits
+from tests.worlds import SMALL
 
 
 def rates(total: int, per_epoch: int = 10, lr: float = 1.0, **schedule: Any) -> list[float]:

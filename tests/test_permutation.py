@@ -12,7 +12,7 @@ import pytest
 from dist_train.data import order
 from dist_train.data.order import DistributedSampler
 from dist_train.data.permutation import permuted
-from tests.conftest import environment
+from tests.processes import environment
 
 MANY = 1_000_000_007
 ORDER = "[246160458, 243378379, 21553214, 584971223]"  # so that a run of an earlier version goes on with it

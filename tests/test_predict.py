@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import CLASSES, Finished, environment, write_images
+from tests.processes import Finished, environment
+from tests.worlds import CLASSES, write_images
 
 RECIPE = [
     "model.name=cnn",

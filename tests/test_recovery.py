@@ -18,7 +18,8 @@ from dist_train import checkpoint
 from dist_train.config import RunError, UserError
 from dist_train.predict import load_model
 from dist_train.tracking import read_status
-from tests.conftest import CLASSES, Finished, listing, write_images
+from tests.processes import Finished
+from tests.worlds import CLASSES, listing, write_images
 
 EACH = ["eval.every=4", "checkpoint.every=4", "checkpoint.keep=9"]
 

@@ -11,7 +11,8 @@ from PIL import Image
 from dist_train.config import UserError
 from dist_train.replay import replay
 from dist_train.tracking import read_metrics
-from tests.conftest import SMALL, Finished
+from tests.processes import Finished
+from tests.worlds import SMALL
 
 WORDS = [*SMALL, "data.name=image_folder", "data.root=images", "log.every=1", "model.args.dropout=0.3",
          "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 8, padding: 2}}]", "eval.every=5",

@@ -20,7 +20,8 @@ from dist_train.checkpoint import load as load_checkpoint
 from dist_train.config import UserError, from_file
 from dist_train.predict import evaluate_run, load_model, predict, write
 from dist_train.replay import replay, table
-from tests.conftest import SMALL, Finished, one_after_the_other, pictures, write_npz
+from tests.processes import Finished, one_after_the_other
+from tests.worlds import SMALL, pictures, write_npz
 
 RUN = Path("runs/run")
 HOSTILE = "import pathlib\npathlib.Path('ran').touch()\nNet = Task = Sgd = Data = print\n"

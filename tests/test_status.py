@@ -18,7 +18,7 @@ import pytest
 from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
 from dist_train.report.status import collect
-from tests.conftest import Finished
+from tests.processes import Finished
 
 RUNNING = {
     "state": "running", "step": 1200, "total_steps": 4690, "attempts": 2, "reason": "", "host": "elsewhere",

@@ -14,7 +14,7 @@ import pytest
 
 from dist_train.config import UserError, load
 from dist_train.submit import command, script, submit
-from tests.conftest import REPO, Finished
+from tests.processes import REPO, Finished
 
 BIN = str(Path(sys.executable).parent)
 SBATCH = """#!/bin/sh

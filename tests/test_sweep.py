@@ -14,7 +14,7 @@ import yaml
 
 from dist_train.config import UserError, load
 from dist_train.sweep import draw, expand, pick, text
-from tests.conftest import REPO, Finished
+from tests.processes import REPO, Finished
 
 COMMAND = [
     "dist-train",

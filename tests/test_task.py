@@ -19,7 +19,8 @@ from dist_train.models import probe
 from dist_train.predict import predict
 from dist_train.tasks import Classification, build
 from dist_train.tracking import read_metrics
-from tests.conftest import REPO, SMALL
+from tests.processes import REPO
+from tests.worlds import SMALL
 
 # A whole task: predicting numbers instead of classes.
 REGRESSION = '''

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dist_train.tracking import Account, Lines, read_lines, read_metrics, read_status
-from tests.conftest import Finished, environment
+from tests.processes import Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
          "device=cpu", "model.args.hidden=[8]"]  # fmt: skip
@@ -118,10 +118,10 @@ def test_the_speed_is_that_of_the_samples_really_taken(
 
 
 def test_a_run_whose_folder_is_deleted_under_way_stops_at_once(
-    under_way: Callable[..., Any], small: list[str], tmp_path: Path
+    begin: Callable[..., Any], under_way: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
     rare = ["log.every=1000000", "eval.every=1000000", "checkpoint.every=never"]
-    process = under_way("-m", "dist_train", "train", *small, "train.steps=1000000", *rare)
+    process = under_way(begin("train", *small, "train.steps=1000000", *rare))
     (tmp_path / "runs" / "run").rename(tmp_path / "away")  # at one blow
     shutil.rmtree(tmp_path / "away")
     _, err = process.communicate(timeout=60)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dist_train.verify import _flat, _unequal
-from tests.conftest import SMALL, Finished
+from tests.processes import Finished
+from tests.worlds import SMALL
 
 OWN = """
 import random, time

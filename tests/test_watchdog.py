@@ -21,8 +21,10 @@ from dist_train.config import parse_seconds
 from dist_train.report.status import collect
 from dist_train.tracking import read_status
 from dist_train.watchdog import last_rank
-from tests.conftest import REPO, SMALL, Finished
 from tests.distributed.ranks import last
+from tests.processes import REPO, Finished
+from tests.warm import Process
+from tests.worlds import SMALL
 
 HANGS = """
 import ctypes, os, pathlib, time
@@ -62,11 +64,15 @@ def torchrun(*arguments: Any) -> list[Any]:
 
 @pytest.mark.parametrize("then", [{}, {"DIES": 1}], ids=["forever", "until it dies first"])
 def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
-    then: dict[str, Any], under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    then: dict[str, Any],
+    start: Callable[..., subprocess.Popen[str]],
+    under_way: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
-    process = under_way(*torchrun("train", *HANGING, "watchdog_seconds=3"), env={"HANGING": 1, **then})
+    command = torchrun("train", *HANGING, "watchdog_seconds=3")
+    process = under_way(start(*command, env={"HANGING": 1, **then}))
     (tmp_path / "now").touch()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -80,13 +86,14 @@ def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
 
 
 def test_a_step_that_was_slow_but_ends_is_no_hang(
-    under_way: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], tmp_path: Path
+    begin: Callable[..., Process],
+    under_way: Callable[..., Process],
+    wait_for: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
-    process = under_way(
-        "-m", "dist_train", "train", *HANGING, "watchdog_seconds=3", env={"HANGING": 0, "PAUSES": 1}
-    )
+    process = under_way(begin("train", *HANGING, "watchdog_seconds=3", env={"HANGING": 0, "PAUSES": 1}))
     (tmp_path / "now").touch()
     wait_for((run / "stacks" / "rank-0.txt").exists, process)
     at = read_status(run)["step"]
@@ -98,13 +105,11 @@ def test_a_step_that_was_slow_but_ends_is_no_hang(
 
 
 def test_code_that_holds_the_lock_of_python_ends_with_its_stacks(
-    under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    begin: Callable[..., Process], under_way: Callable[..., Process], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     stacks = tmp_path / "runs" / "run" / "stacks"
-    process = under_way(
-        "-m", "dist_train", "train", *HANGING, "watchdog_seconds=1", env={"HANGING": 0, "HOLDS": 1}
-    )
+    process = under_way(begin("train", *HANGING, "watchdog_seconds=1", env={"HANGING": 0, "HOLDS": 1}))
     assert [path.stat().st_size for path in stacks.iterdir()] == [0]
     (tmp_path / "now").touch()
     process.communicate(timeout=60)
@@ -115,7 +120,7 @@ def test_code_that_holds_the_lock_of_python_ends_with_its_stacks(
 
 
 def test_a_stopped_rank_is_named_by_the_others(
-    ranks_running: tuple[list[subprocess.Popen[str]], Path],
+    ranks_running: tuple[list[Process], Path],
 ) -> None:
     (first, second), run = ranks_running
     second.send_signal(signal.SIGSTOP)
@@ -126,23 +131,14 @@ def test_a_stopped_rank_is_named_by_the_others(
 
 @pytest.fixture
 def ranks_running(
-    start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], npz: Path, tmp_path: Path
-) -> tuple[list[subprocess.Popen[str]], Path]:
+    begin_ranks: Callable[..., list[Process]], under_way: Callable[..., Process], tmp_path: Path
+) -> tuple[list[Process], Path]:
     """Two ranks in the middle of a training, without a launcher that would end them, and their run."""
-    from tests.conftest import free_port
-
     (tmp_path / "mine.py").write_text(HANGS)
-    port, run = free_port(), tmp_path / "runs" / "run"
-    world = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        start(
-            "-m", "dist_train", "train", *HANGING, "watchdog_seconds=8",
-            env={**world, "RANK": rank, "LOCAL_RANK": rank, "HANGING": "none"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    wait_for(lambda: read_status(run).get("step", 0) >= 5, processes[0])
-    return processes, run
+    words = ["train", *HANGING, "watchdog_seconds=8"]
+    processes = begin_ranks(2, *words, env={"HANGING": "none"})
+    under_way(processes[0])
+    return processes, tmp_path / "runs" / "run"
 
 
 def test_the_last_rank_is_the_silent_one_else_the_one_with_the_fewest_steps() -> None:
@@ -178,7 +174,10 @@ def saved_because(run: Path, reason: str) -> bool:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_ranks_whose_launcher_is_gone_save_and_end(
-    launcher: str, under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    launcher: str,
+    start: Callable[..., subprocess.Popen[str]],
+    under_way: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
 ) -> None:
     """SIGKILL for torchrun; SIGTERM for `accelerate launch` of one process, which does not pass it on."""
     (tmp_path / "mine.py").write_text(HANGS)
@@ -187,7 +186,7 @@ def test_ranks_whose_launcher_is_gone_save_and_end(
     command = torchrun("train", *words)
     if launcher == "accelerate":
         command = [*ACCELERATE, REPO / "launch/cpu.yaml", "-m", "dist_train", "train", *words]
-    process = under_way(*command, env={"HANGING": "none"})
+    process = under_way(start(*command, env={"HANGING": "none"}))
     family = children(process)
     assert len(family) == (2 if launcher == "torchrun" else 1)
     process.send_signal(signal.SIGKILL if launcher == "torchrun" else signal.SIGTERM)
@@ -223,7 +222,10 @@ def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
-    launcher: str, under_way: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    launcher: str,
+    start: Callable[..., subprocess.Popen[str]],
+    under_way: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
@@ -232,7 +234,7 @@ def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
     if launcher == "accelerate":
         command = [*ACCELERATE, REPO / "launch/cpu_2.yaml", "-m", "dist_train", *words]
     sourced = ["bash", "-c", f'. {REPO}/launch/signals.sh; exec "$@"', "bash"]
-    process = under_way(*sourced, *command, env={"HANGING": "none"})
+    process = under_way(start(*sourced, *command, env={"HANGING": "none"}))
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err  # the launcher lived on, and calls what it was told to do a failure

@@ -1,4 +1,4 @@
-"""dist-train in processes of their own that need not import torch first, which takes seconds of a CPU.
+"""Processes of their own that need not import torch first, which takes seconds of a CPU.
 
 They are forked from a server that has imported the libraries, and nothing of dist_train.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,36 +27,58 @@ CONTEXT.set_forkserver_preload(
 
 
 class Process:
-    """`python -m dist_train ARGUMENTS` as a `subprocess.Popen` has it, in a session of its own.
+    """A command as a `subprocess.Popen` has it, in a session of its own.
 
     Args:
-        output, errors: the files to which stdout and stderr are appended.
+        command: arguments of dist-train; or a script (`*.py`) and its arguments; or a function of a module
+            and its arguments.
+        output, errors: the files to which stdout and stderr are appended; may be the same.
     """
 
     def __init__(
-        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], output: Path, errors: Path
+        self, command: Sequence[Any], cwd: Path, env: Mapping[str, str], output: Path, errors: Path
     ) -> None:
-        given = (list(arguments), str(cwd), dict(env), str(output), str(errors))
+        self.args = list(command) if callable(command[0]) else list(map(str, command))
+        self._said = output, errors
+        given = (self.args, str(cwd), dict(env), str(output), str(errors))
         self._process = CONTEXT.Process(target=_main, args=given)
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # for the server, if it starts now
             self._process.start()
         self.pid = self._process.pid or 0
-        self.args = ["dist-train", *arguments]
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Waits for the end; returns the exit code. Raises subprocess.TimeoutExpired."""
         self._process.join(timeout)
-        code = self._process.exitcode
-        if code is None:
+        if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return code
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end; returns what it said to stdout and stderr. Raises subprocess.TimeoutExpired."""
+        self.wait(timeout)
+        out, err = (path.read_text() if path.exists() else "" for path in self._said)
+        return out, err
 
     def send_signal(self, number: int) -> None:
         """Sends a signal."""
-        os.kill(self.pid, number)
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
-def _main(arguments: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
+def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
     """What the forked process does: all that Python does at its start and at its end."""
     os.setsid()
     os.chdir(cwd)
@@ -68,10 +92,17 @@ def _main(arguments: list[str], cwd: str, env: dict[str, str], output: str, erro
         (2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
     ):
         os.dup2(os.open(path, flags, 0o666), number)
-    sys.argv = ["dist-train", *arguments]
-    from dist_train.cli import main
-
+    first, *rest = command
     try:
-        main()
+        if callable(first):
+            first(*rest)
+        elif first.endswith(".py"):
+            sys.argv = command
+            runpy.run_path(first, run_name="__main__")
+        else:
+            sys.argv = ["dist-train", *command]
+            from dist_train.cli import main
+
+            main()
     finally:
         atexit._run_exitfuncs()  # a forked process does not run them

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import environment, free_port
+from tests.processes import environment, world
 from tests.warm import Process
 
 ROOT = Path(__file__).parents[2]
@@ -17,13 +17,8 @@ SMALL = ["wandb.mode=disabled", "device=cpu", "data.workers=0"]
 
 def start(arguments: list[str], processes: int, cwd: Path) -> list[Process]:
     """Starts dist-train on so many ranks; each in a process group of its own, its output in a file."""
-    port = str(free_port())
     started = []
-    for rank in range(processes):
-        variables = {} if processes == 1 else {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+    for rank, variables in enumerate(world(processes) if processes > 1 else [{}]):
         output = cwd / f"rank{rank}.out"
         started.append(Process(arguments, cwd, environment(**variables), output, output))
     return started

@@ -14,8 +14,8 @@ import pytest
 from torch.distributed import HashStore
 
 from dist_train.runtime import _agree
-from tests.conftest import REPO, Finished, free_port
 from tests.distributed.ranks import equal, last, train
+from tests.processes import REPO, Finished, free_port
 
 TRAIN = [
     "train", REPO / "configs/quickstart.yaml", "device=cpu", "wandb.mode=disabled", "train.epochs=null",

@@ -20,8 +20,9 @@ import psutil
 
 from dist_train.checkpoint import newest_first
 from dist_train.tracking import read_lines, read_metrics, read_status
-from tests.conftest import environment, kill, lives, write_npz
 from tests.distributed.ranks import last, same_bits, train
+from tests.processes import environment, kill, lives
+from tests.worlds import write_npz
 
 SLOW = """
 import os, time

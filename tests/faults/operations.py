@@ -16,8 +16,9 @@ from typing import Any
 from dist_train.checkpoint import load, newest_first
 from dist_train.tracking import read_metrics, read_status
 from tests import warm
-from tests.conftest import SMALL, environment, write_npz
 from tests.distributed.ranks import same_bits
+from tests.processes import environment
+from tests.worlds import SMALL, write_npz
 
 # The best is neither the first nor the last one, and older ones are pruned.
 WORDS = [

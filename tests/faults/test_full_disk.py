@@ -11,7 +11,7 @@ import pytest
 
 from dist_train.checkpoint import newest_first, step_of
 from dist_train.tracking import read_lines, read_status
-from tests.conftest import SMALL, write_npz
+from tests.worlds import SMALL, write_npz
 
 SLOW = """
 import time

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import environment, free_port
+from tests.processes import environment, free_port
 from tests.slurm.commands import Commands
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.tracking import read_metrics
-from tests.conftest import REPO, environment
+from tests.processes import REPO, environment
 from tests.slurm.cluster import Cluster
 
 

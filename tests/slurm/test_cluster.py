@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import lives
+from tests.processes import lives
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm

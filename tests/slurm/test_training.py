@@ -11,10 +11,10 @@ from unittest.mock import ANY
 import psutil
 import pytest
 
-from tests.conftest import write_npz
 from tests.distributed.ranks import last, same_bits, status, train
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Jobs
+from tests.worlds import write_npz
 
 pytestmark = pytest.mark.slurm
 
