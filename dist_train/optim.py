@@ -115,7 +115,10 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
 
     The same for any world size. Raises UserError for what would be no share at some step.
     """
-    function, args = SCHEDULES[config.schedule.name], config.schedule.args
+    name, args = config.schedule.name, config.schedule.args
+    function = import_object(name, "schedule.name") if ":" in name else SCHEDULES[name]
+    if not callable(function):
+        raise UserError(f"schedule.name: '{name}' is no function of the moment t.")
     if "t" in args:
         raise UserError("schedule.args.t: the moment is not yours to set.")
     warmup = Every.parse(config.schedule.warmup).in_steps(steps_per_epoch)
@@ -126,16 +129,17 @@ def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int]
         )
     for t in _corners(args):  # what is wrong at any step, before the first one
         value = construct(function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t)
-        if not (math.isfinite(value) and value >= 0):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+            shown = f"{value:g}" if isinstance(value, (int, float)) else repr(value)
             raise UserError(
-                f"schedule.args: with {args} the share of the learning rate by {config.schedule.name} is"
-                f" {value:g} at the moment {t:g} (from 0 to 1); it must be a number from 0 on."
+                f"schedule.args: with {args} the share of the learning rate by {name} is {shown} at the"
+                f" moment {t:g} (from 0 to 1); it must be a number from 0 on."
             )
 
     def share(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return function((step - warmup) / max(1, total - 1 - warmup), **args)
+        return function(t=(step - warmup) / max(1, total - 1 - warmup), **args)
 
     return share
 

@@ -71,6 +71,9 @@ arguments of `args`, and with those of the following that its signature takes.
   [examples/regression.py](../examples/regression.py).
 - `optim.name`: the weights, `lr`. It returns an optimizer. The schedule scales the rate of each group of
   weights; the `lr` of metrics.jsonl is that of `optim.lr`.
+- `schedule.name`: `t`, the moment from 0 (the end of the warm-up) to 1 (the end of the training). It returns
+  the share of the peak learning rate at this moment, a number from 0 on, and is a function of its arguments
+  alone: it has no state.
 - `data.train_transform`, `data.eval_transform`: a class is made with the arguments written beside its name;
   a function is the transform itself.
 - `data.target_transform`: a function of the label.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_train import optim
-from dist_train.config import UserError, from_mapping
+from dist_train.config import Config, UserError, from_mapping
+from dist_train.config.options import OBJECT
+from dist_train.config.schema import each_key
 from dist_train.predict import evaluate_run
-from dist_train.tracking import read_metrics
-from tests.distributed.ranks import same_bits
+from dist_train.tracking import read_attempts, read_metrics
+from tests.distributed.ranks import last, same_bits
 from tests.worlds import SMALL
 
 
@@ -122,6 +125,80 @@ def test_a_schedule_that_would_fail_at_some_step_is_refused_at_the_start(
     )
     with pytest.raises(UserError, match=f"schedule.args: .*{told}"):
         optim.schedule(config, 9, 9)
+
+
+def test_every_schedule_is_a_choice_of_its_key() -> None:
+    choices = next(rule.choices for key, rule, _ in each_key(Config()) if key == "schedule.name")
+    assert list(choices) == [*optim.SCHEDULES, OBJECT]
+
+
+WAVES = """
+import math
+
+PEAKS = 3
+
+def waves(t, count=2, least=0.1):
+    return least + (1 - least) * (1 + math.cos(2 * math.pi * count * t)) / 2
+
+def of_x(x):
+    return 1.0
+
+def text(t):
+    return "1"
+"""
+
+
+@pytest.fixture
+def my_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_schedule.py").write_text(WAVES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("my_schedule", None)
+
+
+@pytest.mark.usefixtures("my_schedule")
+def test_a_schedule_of_ones_own_is_a_function_of_the_moment() -> None:
+    values = rates(9, lr=2.0, name="my_schedule:waves")
+    assert [values[0], values[2], values[4], values[8]] == pytest.approx([2.0, 0.2, 2.0, 2.0])
+    warm = rates(13, lr=2.0, name="my_schedule:waves", warmup=4, args={"count": 1, "least": 0.5})
+    assert warm[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
+    assert warm[8] == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("my_schedule")
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("my_schedule:wave", {}, r"schedule.name: module 'my_schedule' has no 'wave' \(did you mean 'waves'"),
+        ("my_schedule:PEAKS", {}, "schedule.name: 'my_schedule:PEAKS' is no function of the moment t"),
+        ("no_such_module:waves", {}, "schedule.name: there is no module 'no_such_module'"),
+        ("my_schedule:waves", {"cont": 3}, r"schedule.args.cont: waves has no such .* 'count'"),
+        ("my_schedule:waves", {"least": -1}, "my_schedule:waves is -0.3.* at the moment"),
+        ("my_schedule:of_x", {}, "schedule.args.x: of_x needs this argument"),
+        ("my_schedule:text", {}, "my_schedule:text is '1' at the moment 0"),
+    ],
+)
+def test_what_is_wrong_with_a_schedule_of_ones_own_is_told_at_the_start(
+    name: str, args: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        rates(9, name=name, args=args)
+
+
+@pytest.mark.usefixtures("my_schedule")
+def test_a_run_with_a_schedule_of_ones_own_goes_on_exactly(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    words = [*small, "schedule.name=my_schedule:waves", "checkpoint.every=5", "log.every=1"]
+    here(*words, "run.name=whole")
+    here(*words)
+    for path in (tmp_path / "runs/run/checkpoints").glob("step-*12.pt"):
+        path.unlink()
+    here(*words)
+    assert read_attempts(tmp_path / "runs/run")[-1]["step"] == 10
+    assert same_bits(last(tmp_path), last(tmp_path, "whole"))
+    logged = [row["lr"] for row in read_metrics(tmp_path / "runs/run") if "lr" in row]
+    assert logged == pytest.approx(rates(12, lr=0.1, name="my_schedule:waves"))
 
 
 def test_the_rate_in_the_record_is_the_one_that_was_used(

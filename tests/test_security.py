@@ -96,6 +96,7 @@ NAMES: list[tuple[str, Any, dict[str, Any], str]] = [
     ("data.name", "hostile:Data", {}, "eval"),
     ("task.name", "os:system", TOUCH, "eval replay"),
     ("optim.name", "hostile:Sgd", {}, "replay"),
+    ("schedule.name", "os:system", TOUCH, "replay"),
     ("data.target_transform", "hostile:Net", {}, "eval replay"),
     ("data.eval_transform", ["hostile:Net"], {}, "predict eval replay"),
     ("data.eval_transform", [{"os:system": TOUCH}], {}, "predict eval replay"),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+OBJECT = "package.module:object"  # among the choices of a key: it takes the name of any object, too
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -17,6 +19,11 @@ class Rule:
     below: float | None = None
     most_from_file: int | None = None  # in a configuration that may come from elsewhere: trust.py
     may_change: bool = False  # when a run goes on: the steps done so far mean the same with another value
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value is one of the choices, if there are any."""
+        is_object = OBJECT in self.choices and ":" in str(value)
+        return not self.choices or is_object or value in self.choices
 
 
 def option(default: Any, doc: str, **rules: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.options import Rule, option, section
+from dist_train.config.options import OBJECT, Rule, option, section
 
 
 @dataclass
@@ -109,7 +109,7 @@ class ScheduleConfig:
     name: str = option(
         "constant",
         "Shape of the learning rate after the warm-up.",
-        choices=("constant", "linear", "cosine", "one_cycle", "step"),
+        choices=("constant", "linear", "cosine", "one_cycle", "step", OBJECT),
     )
     warmup: int | str = option(0, "Linear warm-up before it: `500` (optimizer steps) or `2 epochs`.")
     args: dict[str, Any] = option(

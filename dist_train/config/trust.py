@@ -13,7 +13,7 @@ from dist_train.config.load import from_mapping
 from dist_train.config.objects import GIVEN
 from dist_train.config.schema import Config, each_key, get
 
-NAMES = ("model.name", "data.name", "task.name", "optim.name", "data.target_transform")
+NAMES = ("model.name", "data.name", "task.name", "optim.name", "schedule.name", "data.target_transform")
 TRANSFORMS = ("data.eval_transform", "data.train_transform")
 
 # Whose classes `module:Class` may name: to make one of them runs nothing but its own code.

@@ -91,7 +91,7 @@ def check_values(config: Config, origin: Mapping[str, str]) -> None:
         return repr(get(config, key)) if text is None else repr(text)
 
     for key, rule, value in each_key(config):
-        if rule.choices and value not in rule.choices:
+        if not rule.allows(value):
             near = nearest(str(value), rule.choices)
             refuse(key, f"can't be {shown(key)}; choose one of {', '.join(rule.choices)}{near}")
         if rule.least is not None and value is not None and not value >= rule.least:
