@@ -85,7 +85,7 @@ def train(
         lines = [f"{result.state} at step {result.step:,}: {result.folder}{more}", describe(shown)]
         with contextlib.suppress(OSError):
             print("\n".join(filter(None, lines)))
-        _flush(told=False)
+        _flush(fails=False)
     sys.exit(EXIT_INTERRUPTED if result.state == "interrupted" else 0)
 
 
@@ -321,11 +321,11 @@ def _is_main() -> bool:
     return rank == "0"
 
 
-def _flush(told: bool = True) -> None:
+def _flush(fails: bool = True) -> None:
     """Brings out what was printed. Exit code 1 if nobody reads it, as with `head`, or there is no room.
 
     Args:
-        told: whether that is the exit code; what a training came to does not depend on who reads of it.
+        fails: whether that is the exit code; what a training came to does not depend on who reads of it.
     """
     try:
         sys.stdout.flush()
@@ -333,5 +333,5 @@ def _flush(told: bool = True) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
         if not isinstance(error, BrokenPipeError):
             print(f"dist-train: the output can't be written: {error.strerror}.", file=sys.stderr)
-        if told:
+        if fails:
             sys.exit(1)

@@ -28,13 +28,13 @@ class Finding:
     """One line of the report. It is a `failure` where training is impossible; `advice` only if not `ok`."""
 
     what: str
-    told: str
+    found: str
     advice: str = ""  # what to do; empty: all is well
     failure: bool = False
 
     def __str__(self) -> str:
         mark = "failure" if self.failure else "warning" if self.advice else "ok"
-        return f"{mark:8} {self.what:11} {self.told}" + (f" -> {self.advice}" if self.advice else "")
+        return f"{mark:8} {self.what:11} {self.found}" + (f" -> {self.advice}" if self.advice else "")
 
 
 def examine(runs: Path) -> Iterator[Finding]:
@@ -57,18 +57,18 @@ def _versions() -> Iterator[Finding]:
     except (ImportError, OSError) as error:
         yield Finding("torch", f"can't be imported: {error}", "install dist_train again", failure=True)
         return
-    told = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    found = f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"
     if torch.cuda.is_available() and dist.is_nccl_available():
-        told += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    yield Finding("torch", f"{told}, {'gloo' if dist.is_gloo_available() else 'without gloo'}")
+        found += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    yield Finding("torch", f"{found}, {'gloo' if dist.is_gloo_available() else 'without gloo'}")
 
 
 def _cpus() -> Iterator[Finding]:
     from dist_train.runtime import allowed_cpus
 
-    allowed, there = allowed_cpus(), os.cpu_count() or 1
+    allowed, present = allowed_cpus(), os.cpu_count() or 1
     advice = "data is loaded beside the training; under SLURM: --cpus-per-task" if allowed < 2 else ""
-    yield Finding("CPUs", f"{allowed} allowed of {there}, load {os.getloadavg()[0]:.1f}", advice)
+    yield Finding("CPUs", f"{allowed} allowed of {present}, load {os.getloadavg()[0]:.1f}", advice)
 
 
 def _memory() -> Iterator[Finding]:
@@ -90,9 +90,9 @@ def _devices() -> Iterator[Finding]:
 
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        told = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} GiB free of {total / GIB:.1f}"
-        told += ", bf16" if torch.cuda.get_device_capability(index) >= (8, 0) else ""
-        yield Finding(f"GPU {index}", told, "another program holds its memory" if free < total / 2 else "")
+        found = f"{torch.cuda.get_device_name(index)}, {free / GIB:.1f} GiB free of {total / GIB:.1f}"
+        found += ", bf16" if torch.cuda.get_device_capability(index) >= (8, 0) else ""
+        yield Finding(f"GPU {index}", found, "another program holds its memory" if free < total / 2 else "")
     if torch.backends.mps.is_available():
         yield Finding("device", "MPS, for one process; several: device=cpu")
     elif not torch.cuda.is_available():
@@ -116,12 +116,12 @@ def _all_reduce() -> Iterator[Finding]:
             time.sleep(0.05)
         for rank in ranks:
             rank.kill()
-        told = [rank.communicate() for rank in ranks]
+        outputs = [rank.communicate() for rank in ranks]
     what = f"{backend}, 2 processes"
     if codes == [0, 0]:
-        yield Finding("all-reduce", f"{what}: {float(told[0][0]):.2f} GB/s on {REDUCE_BYTES // MIB} MiB")
+        yield Finding("all-reduce", f"{what}: {float(outputs[0][0]):.2f} GB/s on {REDUCE_BYTES // MIB} MiB")
         return
-    lines = "".join(err for code, (_, err) in zip(codes, told, strict=True) if code).strip().splitlines()
+    lines = "".join(err for code, (_, err) in zip(codes, outputs, strict=True) if code).strip().splitlines()
     advice = "the wrong network card? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose it"
     yield Finding("all-reduce", f"{what}: {lines[-1] if lines else 'no answer'}", advice, failure=True)
 
@@ -165,8 +165,8 @@ def _disk(runs: Path) -> Iterator[Finding]:
     yield Finding("disk", f"{folder}: {speed:,.0f} MB/s written and flushed", advice)
     free = shutil.disk_usage(folder).free / GIB
     yield Finding("free disk", f"{free:,.1f} GiB", "delete old runs" if free < 5 else "")
-    told = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, {skew:.1f} s from the disk's"
-    yield Finding("clock", told, "set both by NTP; lost runs are known by times" if skew > 5 else "")
+    found = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, {skew:.1f} s from the disk's"
+    yield Finding("clock", found, "set both by NTP; lost runs are known by times" if skew > 5 else "")
 
 
 def _limits() -> Iterator[Finding]:

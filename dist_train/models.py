@@ -159,9 +159,9 @@ def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Ten
                 buffer.data.copy_(before[name])
     if not isinstance(output, torch.Tensor) or output.shape[:1] != (2,):
         tensor = isinstance(output, torch.Tensor)
-        told = f"outputs of shape {list(output.shape)}" if tensor else f"a {type(output).__name__}"
+        given = f"outputs of shape {list(output.shape)}" if tensor else f"a {type(output).__name__}"
         raise UserError(
-            f"model.name: '{name}' gives {told} for 2 images; it must give one tensor [B, ...] for B images."
+            f"model.name: '{name}' gives {given} for 2 images; it must give one tensor [B, ...] for B images."
         )
     return output
 

@@ -99,7 +99,7 @@ def _has_stacks(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         held = [path.stat() for path in (folder / "stacks").glob("rank-*-gil.txt")]
         renewed = (folder / "lock").stat().st_mtime
-        return any(told.st_size and told.st_mtime >= renewed for told in held)
+        return any(file.st_size and file.st_mtime >= renewed for file in held)
     return False
 
 
@@ -125,5 +125,6 @@ def _metrics(row: dict[str, Any]) -> list[str]:
     """The metric that chooses the best checkpoint, else the first one: its last value, and its best."""
     last, best = row.get("metrics") or {}, row.get("best") or {}
     name = next(iter(best or last), "")
-    values = [f"{value:.4g}" if isinstance(value := told.get(name), float) else "-" for told in (last, best)]
-    return [f"{name.removeprefix('eval/')} {values[0]}" if name else "-", values[1]]
+    values = [each.get(name) for each in (last, best)]
+    shown = [f"{value:.4g}" if isinstance(value, float) else "-" for value in values]
+    return [f"{name.removeprefix('eval/')} {shown[0]}" if name else "-", shown[1]]
