@@ -7,9 +7,7 @@ recognized. Loading never runs code from a file (`weights_only=True`).
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import pickle
 import re
 import sys
@@ -22,7 +20,10 @@ from typing import Any
 
 import torch
 
+from dist_train import sharded
 from dist_train.config import UserError
+from dist_train.files import Damaged, delete, point, write_atomically
+from dist_train.sharded import Wanted
 from dist_train.snapshot import is_finite, to_cpu, unreadable
 
 FORMAT = 1
@@ -40,17 +41,15 @@ CONTENT: dict[str, tuple[type, ...]] = {
     "classes": (list,),
     "sample_shape": (list,),
 }
-NAME = re.compile(r"step-(\d{8,})\.pt")
+# A step that is saved again, as another kind or as a folder, which no rename replaces, gets a number.
+NAME = re.compile(r"step-(\d{8,})(?:-(\d{1,8}))?\.(?:pt|sharded)")
+LINKS = ("best.pt", "best.sharded", "last.pt", "last.sharded")
 FIRST_SECONDS = 60.0  # from the start to the first save whose cost is measured
 SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 3600.0
 
 
-class Damaged(UserError):
-    """A checkpoint that is truncated, altered, or no checkpoint of ours."""
-
-
 class Checkpoints:
-    """The folder of a run's checkpoints, on rank 0.
+    """The folder of a run's checkpoints, each one file, on rank 0.
 
     A save that fails, as on a full disk, ends nothing: it is told, and the next one tries again. Each file
     tells by `best_step` which one is the best; the links best.pt and last.pt are made from that.
@@ -61,11 +60,12 @@ class Checkpoints:
         say: hears of saves that failed.
     """
 
+    suffix = ".pt"
+
     def __init__(self, run: Path, keep: int, say: Callable[[str], None]) -> None:
         self.folder, self.keep, self._say = run / "checkpoints", keep, say
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stray in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
-            stray.unlink(missing_ok=True)
+        self._clear()
         self.failure = ""  # why the last save failed, or empty
         self.is_broken = False  # whether the next one would fail like the last one
         self.best: float | None = None  # value of the metric in the best one
@@ -79,21 +79,24 @@ class Checkpoints:
     def go_on(self, step: int, best: float | None, best_step: int | None) -> None:
         """Begins with the checkpoint of `step`, which is whole, and the best of those that are there."""
         self.best, self.best_step = best, best_step
-        names = {name_of(number) for number in (step, best_step) if number is not None}
-        self._whole = dict.fromkeys(names, True)
+        known = {path_of(self.folder, number).name for number in (step, best_step) if number is not None}
+        self._whole = dict.fromkeys(known, True)
         self._link(step)
 
     def save(self, state: dict[str, Any]) -> None:
         """Copies `state` to memory, then writes it in a thread; waits first for the save before it."""
         begin = time.monotonic()
         self.wait()
-        if bad := unreadable(state):
+        path = self._free(state["step"])
+        try:
+            copied = self._take(state)
+        except UserError as error:
             self.is_broken = True
-            self._fail(state["step"], bad)
+            self._fail(path, str(error))
             return
-        self._copy = to_cpu(state, self._copy)  # the loop goes on changing the weights
+        best = state.get("best"), state.get("best_step")
         self._writer = threading.Thread(
-            target=self._write, args=(self._copy,), name="checkpoint", daemon=True
+            target=self._write, args=(path, copied, best), name="checkpoint", daemon=True
         )
         self._writer.start()
         self.stall_seconds.append(time.monotonic() - begin)
@@ -105,6 +108,10 @@ class Checkpoints:
             self._writer = None
         return self.failure
 
+    def close(self) -> None:
+        """Waits for the save in flight where the run has failed, and other ranks may be gone."""
+        self.wait()
+
     def interval(self, between_interruptions: float) -> float:
         """Seconds from save to save at which least time is lost: sqrt(2 x cost of a save x mean time
         between interruptions), after Young (1974) and Daly (2006), within reason.
@@ -115,36 +122,54 @@ class Checkpoints:
         best = math.sqrt(2 * (sum(costs) / len(costs)) * between_interruptions)
         return min(max(best, SHORTEST_SECONDS, 4 * self.write_seconds), LONGEST_SECONDS)
 
-    def _write(self, state: dict[str, Any]) -> None:
-        begin, step = time.monotonic(), state["step"]
-        path = self.folder / name_of(step)
+    def _take(self, state: dict[str, Any]) -> Any:
+        """A copy of what is written: the loop goes on changing the weights. Raises UserError."""
+        if bad := unreadable(state):
+            raise UserError(bad)
+        self._copy = to_cpu(state, self._copy)
+        return self._copy
+
+    def _put(self, path: Path, state: Any) -> None:
+        """Writes what `_take` has copied. Raises whatever happens."""
+        if names := [name for name, value in state["model"].items() if not is_finite(value)]:
+            raise ValueError(f"the weights are not finite ({names[0]})")
+        write_atomically(path, lambda file: torch.save(state, file))
+
+    def _write(self, path: Path, copied: Any, best: tuple[float | None, int | None]) -> None:
+        begin = time.monotonic()
         try:
-            if names := [name for name, value in state["model"].items() if not is_finite(value)]:
-                raise ValueError(f"the weights are not finite ({names[0]})")
-            write_atomically(path, lambda file: torch.save(state, file))
+            self._put(path, copied)
             self._whole[path.name] = True
-            self.best, self.best_step = state.get("best"), state.get("best_step")
-            self._link(step)
+            self.best, self.best_step = best
+            self._link(step_of(path))
             self.prune()
             self.failure = ""
         except Exception as error:
             # These may go away by themselves; torch makes a RuntimeError of one of the file system.
             self.is_broken = not isinstance(error, (OSError, RuntimeError, ValueError))
-            why = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
-            self._fail(step, f"{type(error).__name__}: {why}" if self.is_broken else why)
+            why = reason_of(error)
+            self._fail(path, f"{type(error).__name__}: {why}" if self.is_broken else why)
         self.write_seconds = time.monotonic() - begin
 
-    def _fail(self, step: int, why: str) -> None:
-        self.failure = f"{self.folder / name_of(step)} could not be written: {why}"
+    def _fail(self, path: Path, why: str) -> None:
+        self.failure = f"{path} could not be written: {why}"
         end = "" if self.is_broken else ", the next one is tried"
         self._say(f"{self.failure}; the checkpoints before it are untouched{end}.")
 
+    def _free(self, step: int) -> Path:
+        """Where the state after `step` is written: over no folder, nor beside another kind of that name."""
+        same = [path for path in newest_first(self.folder) if step_of(path) == step]
+        if not same or (self.suffix == ".pt" and all(path.suffix == ".pt" for path in same)):
+            return same[0] if same else self.folder / f"step-{step:08d}{self.suffix}"
+        return self.folder / f"step-{step:08d}-{_order(same[0])[1] + 1}{self.suffix}"
+
     def _link(self, newest: int) -> None:
         """Makes the links what the files say, whatever a process that was killed has left."""
-        for name, step in (("last.pt", newest), ("best.pt", self.best_step)):
-            if step is not None:
-                _point(self.folder / name, name_of(step))
-            elif (self.folder / name).is_symlink():
+        wanted = links(self.folder, newest, self.best_step)
+        for name, target in wanted.items():
+            point(self.folder / name, target)
+        for name in LINKS:
+            if name not in wanted and (self.folder / name).is_symlink():
                 (self.folder / name).unlink()
 
     def prune(self) -> None:
@@ -152,38 +177,70 @@ class Checkpoints:
 
         Only whole ones count. A damaged one among them is left as it is.
         """
-        whole = 0
+        kept: set[int] = set()
         for path in newest_first(self.folder):
-            if whole < self.keep:
+            step = step_of(path)
+            if len(kept) < self.keep and step not in kept:
                 if path.name not in self._whole:
                     self._whole[path.name] = is_whole(path)
-                whole += self._whole[path.name]
-            elif step_of(path) != self.best_step:
-                path.unlink(missing_ok=True)
+                if self._whole[path.name]:
+                    kept.add(step)
+            elif step in kept or step != self.best_step:
+                delete(path)
+
+    def _clear(self) -> None:
+        """Deletes what a process left that was killed while it wrote."""
+        for stray in self.folder.glob("*.tmp"):
+            delete(stray)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
 
 
 def name_of(step: int) -> str:
-    """The name of the checkpoint after `step` optimizer steps."""
+    """The name of the checkpoint after `step` optimizer steps, where it is one file."""
     return f"step-{step:08d}.pt"
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies in a folder of checkpoints, or would lie as one file."""
+    found = (path for path in newest_first(folder) if step_of(path) == step)
+    return next(found, folder / name_of(step))
+
+
+def links(folder: Path, newest: int, best_step: int | None) -> dict[str, str]:
+    """The links that belong into a folder of checkpoints, and the name to which each one points."""
+    steps = {"last": newest} | ({} if best_step is None else {"best": best_step})
+    paths = {word: path_of(folder, step) for word, step in steps.items()}
+    return {f"{word}{path.suffix}": path.name for word, path in paths.items()}
+
+
 def is_linked(folder: Path, newest: int, best_step: int | None) -> bool:
-    """Whether last.pt and best.pt are what they should be."""
-    wanted = {"last.pt": newest} | ({} if best_step is None else {"best.pt": best_step})
-    return all((folder / name).resolve().name == name_of(step) for name, step in wanted.items())
+    """Whether the links to the last and the best checkpoint are what they should be."""
+    wanted = links(folder, newest, best_step)
+    return all((folder / name).resolve().name == target for name, target in wanted.items())
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """The checkpoints in a folder by their steps, the newest first."""
-    found = [path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: step_of(path), reverse=True)
+    """The checkpoints in a folder by their steps, the newest first; of one step the last that was saved."""
+    return sorted(filter(_is_named, folder.glob("step-*")), key=_order, reverse=True)
+
+
+def _is_named(path: Path) -> bool:
+    return NAME.fullmatch(path.name) is not None
+
+
+def _order(path: Path) -> tuple[int, int]:
+    match = NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1]), int(match[2] or 0)
 
 
 def step_of(path: Path) -> int:
     """The step that a checkpoint's name tells."""
-    match = NAME.fullmatch(path.name)
-    assert match, path
-    return int(match[1])
+    return _order(path)[0]
 
 
 def newest_good(folder: Path, warn: Callable[[str], None], before: float = math.inf) -> Path | None:
@@ -215,28 +272,30 @@ def find(place: str | Path, warn: Callable[[str], None] = tell) -> Path:
     Damaged if none is whole.
     """
     place = Path(place)
-    if place.is_file():
+    if place.is_file() or place.suffix == ".sharded":
         verify(place)
         return place
     if not place.exists():
         raise UserError(f"{place}: there is no such run or checkpoint file.")
     for folder in (place / "checkpoints", place):
-        best = folder / "best.pt"
-        try:
-            if best.exists():
-                verify(best)
-                return best
-        except Damaged as error:
-            warn(f"{error} The newest good one takes its place.")
+        best = [folder / name for name in LINKS if name.startswith("best") and (folder / name).exists()]
+        for path in best:
+            try:
+                verify(path)
+                return path
+            except Damaged as error:
+                warn(f"{error} The newest good one takes its place.")
         if found := newest_good(folder, warn):
             return found
-        if best.exists() or newest_first(folder):
+        if best or newest_first(folder):
             raise Damaged(f"{folder}: all its checkpoints are damaged.")
     raise UserError(f"{place}: holds no checkpoint; give a run's folder or a .pt file.")
 
 
 def verify(path: Path) -> None:
-    """Reads the whole file against its checksums. Raises Damaged."""
+    """Reads the whole checkpoint against its checksums. Raises Damaged."""
+    if path.is_dir():
+        return sharded.verify(path)
     try:
         with zipfile.ZipFile(path) as archive:
             members, size = archive.infolist(), path.stat().st_size
@@ -252,7 +311,7 @@ def verify(path: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file agrees with its checksums."""
+    """Whether a checkpoint agrees with its checksums."""
     try:
         verify(path)
     except Damaged:
@@ -260,21 +319,22 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def load(path: Path, verified: bool = False) -> dict[str, Any]:
-    """The state in a checkpoint file, its tensors on the CPU.
+def size_of(path: Path) -> int:
+    """The size of a checkpoint in bytes. Raises Damaged for a folder that is none."""
+    return sharded.size_of(path) if path.is_dir() else path.stat().st_size
+
+
+def load(path: Path, verified: bool = False, wanted: Wanted | None = None) -> dict[str, Any]:
+    """The state in a checkpoint, its tensors on the CPU.
+
+    Args:
+        wanted: which rows of a tensor are read of a sharded checkpoint, as for `sharded.load`; None: all.
 
     Raises Damaged if it isn't whole, and UserError if it holds anything but tensors and plain values.
     """
     if not verified:
         verify(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: refused: it holds pickled code or objects, and loading those could run anything."
-        ) from None
-    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, MemoryError) as error:
-        raise Damaged(f"{path}: the checkpoint is damaged ({error}).") from None
+    state = sharded.load(path, wanted) if path.is_dir() else _read(path)
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise UserError(f"{path}: not a checkpoint of dist_train.")
     if state["format"] > FORMAT:
@@ -292,6 +352,18 @@ def load(path: Path, verified: bool = False) -> dict[str, Any]:
     return state
 
 
+def _read(path: Path) -> Any:
+    """What torch.save has written. Raises Damaged, and UserError for pickled objects."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused: it holds pickled code or objects, and loading those could run anything."
+        ) from None
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, MemoryError) as error:
+        raise Damaged(f"{path}: the checkpoint is damaged ({error}).") from None
+
+
 def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -> None:
     """The model's weights alone, as a safetensors file that any library reads."""
     from safetensors.torch import save
@@ -305,51 +377,3 @@ def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -
             state[name] = value.clone()
     data = save(state, metadata)
     write_atomically(path, lambda file: file.write(data))
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file that is there whole or not at all, whatever happens, and durable on return."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def write_output(path: Path, data: bytes) -> None:
-    """Writes what a command was asked for: whole or not at all, but into a device or pipe as it comes.
-
-    Raises UserError if that is impossible.
-    """
-    try:
-        if (path.exists() and not path.is_file()) or Path("/dev") in path.absolute().parents:
-            path.write_bytes(data)
-        else:
-            write_atomically(path.resolve(), lambda file: file.write(data))  # a link stays one
-    except OSError as error:
-        raise UserError(f"--output: {path} can't be written: {error.strerror}.") from None
-
-
-def _point(link: Path, name: str) -> None:
-    """Makes `link` a symbolic link to the file `name` beside it, replacing an older one at once."""
-    if link.is_symlink() and os.readlink(link) == name:
-        return
-    temporary = link.with_name(f"{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    os.replace(temporary, link)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
 from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
+from dist_train.files import write_output
 
 FORMATS = ("table", "csv", "json")
 BATCH = 64  # images predicted at once
@@ -71,7 +72,7 @@ def _trained(
         if math.prod(shape) > MOST_VALUES and not trust:
             raise UserError(f"{path}: images of shape {shape}; if you trust the file: --trust (trust=True).")
         try:
-            with nullcontext() if trust else models.no_larger(path.stat().st_size, str(path)):
+            with nullcontext() if trust else models.no_larger(checkpoint.size_of(path), str(path)):
                 model = models.build(config.model.name, args, shape, max(1, len(saved["classes"])))
         except UNBUILDABLE as error:
             if trust:
@@ -168,7 +169,7 @@ def write(rows: Sequence[dict[str, Any]], format: str, output: Path | None) -> N
     if output is None:
         sys.stdout.write(text)
         return
-    checkpoint.write_output(output, text.encode())
+    write_output(output, text.encode())
 
 
 def evaluate_run(
