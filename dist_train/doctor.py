@@ -189,7 +189,7 @@ def _slurm() -> Iterator[Finding]:
 def _wandb() -> Iterator[Finding]:
     import wandb
 
-    from dist_train.tracking import has_key
+    from dist_train.record.wandb import has_key
 
     if mode := os.environ.get("WANDB_MODE"):
         yield Finding("W&B", f"WANDB_MODE={mode}")

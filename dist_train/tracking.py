@@ -9,16 +9,12 @@ reached costs one warning.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import math
 import os
-import queue
-import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +22,12 @@ from typing import Any
 from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
 from dist_train.progress import Progress, clock, counted
+from dist_train.record.history import read_attempts as read_attempts
+from dist_train.record.history import read_lines as read_lines
+from dist_train.record.history import read_metrics as read_metrics
+from dist_train.record.history import read_status as read_status
+from dist_train.record.wandb import Mirror
 
-INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
-FINISH_SECONDS = 30  # how long the end of a run waits for W&B
 SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")
 UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
 TOLD_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
@@ -267,150 +266,6 @@ class Lines:
             if self._file is not None:
                 os.close(self._file)
             self._file = None
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines; what a kill cut short is left out."""
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """status.json of a run, or an empty dict."""
-    try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def read_attempts(folder: Path) -> list[dict[str, Any]]:
-    """The attempts of a run: of each its number, the `step` it began after, `processes` and `config`."""
-    return list(read_lines(folder / "attempts.jsonl"))
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The effective history of a run: of each step the values of the last attempt, in the order of steps.
-
-    Rows that a later attempt took back, because it went on from an earlier step, are left out.
-    """
-    rows: list[dict[str, Any]] = []
-    for row in read_lines(folder / "metrics.jsonl"):
-        while rows and _takes_back(row, rows[-1]):
-            rows.pop()
-        rows.append(row)
-    return rows
-
-
-def _takes_back(row: dict[str, Any], before: dict[str, Any]) -> bool:
-    """Whether `row` is of a later attempt that has done the step of `before` again.
-
-    An evaluation alone is no step: an attempt may begin with the one that its predecessor did not finish.
-    """
-    if before["attempt"] >= row["attempt"] or before["step"] < row["step"]:
-        return False
-    return before["step"] > row["step"] or "train/loss" in row or "train/loss" not in before
-
-
-class Mirror:
-    """Weights & Biases, fed from a thread; its errors are told once and never reach the training."""
-
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        import wandb  # in this thread: a worker process forked in mid-import would hang
-
-        self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._wandb, self._say, self._failed = wandb, say, False
-        self._summary: dict[str, Any] = {}
-        mode = config.wandb.mode
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
-            if mode == "offline" and "WANDB_MODE" not in os.environ:
-                say(f"W&B: no API key, logging offline; {_to_sync(config)}.")
-        self._to_sync = _to_sync(config)
-        self._options = _wandb_options(wandb, config, mode)
-        self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
-        self._thread.start()
-
-    def close(self, failed: bool, summary: dict[str, Any]) -> None:
-        """Hands over the last rows, and waits for W&B no longer than FINISH_SECONDS."""
-        self._failed, self._summary = failed, summary
-        self.rows.put(None)
-        self._thread.join(FINISH_SECONDS)
-        if self._thread.is_alive():
-            self._say("W&B: did not finish in time; metrics.jsonl holds every row.")
-            self._say = lambda text: None  # the run's record is closed
-
-    def _run(self) -> None:
-        try:
-            run = self._connect()
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-            while (row := self.rows.get()) is not None:
-                run.log(row)
-            run.summary.update(self._summary)
-            run.finish(exit_code=int(self._failed))
-        except Exception as error:
-            self._say(f"W&B: {_first_line(error)}; the training goes on, metrics.jsonl holds every row.")
-
-    def _connect(self) -> Any:
-        try:
-            return self._wandb.init(**self._options)
-        except Exception as error:
-            if self._options["mode"] != "online":
-                raise
-            self._say(f"W&B: {_first_line(error)}; logging offline; {self._to_sync}.")
-            self._wandb.teardown()  # else the run counts as in use
-            return self._wandb.init(**{**self._options, "mode": "offline"})
-
-
-def _to_sync(config: Config) -> str:
-    folder = shlex.quote(str(config.run_dir / "wandb"))
-    return f"`wandb sync {folder}/offline-run-*` uploads it"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
-
-
-def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
-    """The arguments of wandb.init. The id lives in the run's folder: each attempt continues the same run."""
-    folder = config.run_dir
-    (folder / "wandb").mkdir(exist_ok=True)
-    id_file = folder / "wandb" / "run_id"
-    if not id_file.exists():
-        id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
-    return {
-        "id": id_file.read_text(encoding="utf-8").strip(),
-        "resume": "allow",
-        "dir": str(folder),
-        "mode": mode,
-        "config": to_mapping(config),
-        "name": config.wandb.name or config.run.name,
-        **{name: getattr(config.wandb, name) for name in ("project", "entity", "group", "tags", "notes")},
-        # Nothing of the machine beyond its load: no code, no git remote, no console, no command line.
-        "settings": wandb.Settings(
-            disable_git=True,
-            disable_code=True,
-            console="off",
-            x_disable_meta=True,
-            silent=True,
-            init_timeout=INIT_SECONDS,
-        ),
-    }
-
-
-def has_key(wandb: Any) -> bool:
-    """Whether W&B knows an API key here; nobody is asked for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        if "prompt" not in inspect.signature(wandb.login).parameters:
-            return bool(wandb.api.api_key)
-        wandb.setup(wandb.Settings(silent=True))
-        return bool(wandb.login(prompt=False, verify=False))  # looks, asks nobody
-    except Exception:  # no home folder, an unreadable netrc: as good as no key
-        return False
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dist_train.tracking import read_metrics
+from dist_train.record.history import read_metrics
 
 run, picture = Path(sys.argv[1]), Path(sys.argv[2])
 rows = read_metrics(run)

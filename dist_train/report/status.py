@@ -13,7 +13,7 @@ from typing import Any
 from dist_train import lock
 from dist_train.cluster import slurm
 from dist_train.config import UserError, printable
-from dist_train.tracking import read_status
+from dist_train.record.history import read_status
 
 HEADINGS = ("run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last trouble")
 LEAST_TROUBLE = 20  # characters of the last column that are shown in any case
