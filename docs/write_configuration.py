@@ -65,7 +65,9 @@ Wherever a name is accepted, `package.module:object` is too: a class or function
 arguments of `args`, and with those of the following that its signature takes.
 
 - `data.name`: `root`, `train` (true or false), `split` (`train` or `test`). It returns a map-style data set
-  of (image, label) whose `classes` are the names of the classes, or `None` where there is no eval set.
+  of (image, label) whose `classes` are the names of the classes, or `None` where there is no eval set. What
+  else it may offer, such as the path of a sample or many samples at once, is told in
+  [source.py](../dist_train/data/source.py); to a task of your own a sample may also be a dict or a longer tuple.
 - `model.name`: `input_shape`, `in_channels`, `num_classes`. It returns a module.
 - `task.name`: it returns an object with `best`, `loss` and `metrics`, as in
   [examples/regression.py](../examples/regression.py).

@@ -689,7 +689,9 @@ def test_a_share_of_the_training_set_is_held_out_by_the_seed(image_folder: Path)
         source = {"name": "image_folder", "root": str(image_folder / "train"), "eval_fraction": 0.3}
         sets = data.build(from_mapping({"seed": seed, "train": {"epochs": 1}, "data": source}))
         assert sets.classes == CLASSES
-        return list(sets.train.source.indices), list(sets.eval.source.indices)
+        train, held = sets.train.source.positions, sets.eval.source.positions
+        assert train is not None and held is not None
+        return train.tolist(), held.tolist()
 
     train, held = split(0)
     assert (len(held), sorted(train + held)) == (9, list(range(30)))

@@ -251,9 +251,27 @@ def test_metrics_that_not_all_batches_have_are_told(here: Callable[..., Any], sm
 
 
 def test_targets_that_are_no_tensor_are_told(here: Callable[..., Any], small: list[str]) -> None:
-    data = [(torch.zeros(1, 8, 8), {"label": 1, "box": 2})] * 20
+    data = [(torch.zeros(1, 8, 8), {"label": "cat"})] * 20
     with pytest.raises(UserError, match="data: a target is of type dict"):
         here(*small, model=Net(), train_data=data, eval_data=data, task=a_task())
+    data = [(torch.zeros(1, 8, 8), {"label": 1, "box": 2})] * 20
+    with pytest.raises(UserError, match="task: classification needs one label for each image, not a dict"):
+        here(*small, model=Net(), train_data=data, eval_data=data, task=a_task())
+
+
+def test_a_task_by_samples_takes_targets_of_several_parts(here: Callable[..., Any], small: list[str]) -> None:
+    class Both:
+        best = "min eval/loss"
+
+        def loss(self, outputs: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+            return each(outputs, targets["label"]) + (outputs[:, 0] - targets["size"]).square()
+
+        def metrics(self, outputs: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"size": (outputs[:, 0] - targets["size"]).abs()}
+
+    data = [(torch.rand(1, 8, 8), {"label": n % 3, "size": n / 20}) for n in range(20)]
+    result = here(*small, model=Net(), train_data=data, eval_data=data, task=Both())
+    assert set(result.metrics) == {"eval/loss", "eval/size"}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

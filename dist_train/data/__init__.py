@@ -1,7 +1,8 @@
 """Data: from the configuration to the batches of this rank.
 
-    sources.py     which samples there are        order.py       which of them a step reads
-    transforms.py  what is done to each           samples.py     the batches made of them
+    source.py      what a data set offers         order.py       which of its samples a step reads
+    sources.py     data sets by name              samples.py     the batches made of them
+    transforms.py  what is done to each image     batch.py       what a batch is
     labels.py      what a label may be            loader.py      fetching batches ahead of time
 
 `build` is the face of the package.
@@ -19,15 +20,17 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 from dist_train.config import Config, UserError
+from dist_train.data.batch import Batch, tensors
 from dist_train.data.loader import Loader, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
-from dist_train.data.samples import Batch, Samples
+from dist_train.data.samples import Samples
+from dist_train.data.source import Source, View
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.runtime import Runtime, micro_batch
 from dist_train.seeds import generator, key
 
-__all__ = ["Batch", "Data", "build", "eval_transform", "first_batch", "recorded"]
+__all__ = ["Batch", "Data", "Source", "build", "eval_transform", "first_batch", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Data:
     train: Samples
     eval: Samples
     classes: list[str]
-    sample_shape: tuple[int, ...]  # of one image in evaluation and prediction: (C, H, W)
-    train_shape: tuple[int, ...]  # of one image in training: perhaps a crop
+    sample_shape: tuple[int, ...]  # of one image in evaluation and prediction: (C, H, W); of several inputs
+    train_shape: tuple[int, ...]  # the first; and the same of one in training: perhaps a crop
     notes: list[str]  # one line each, for the user
 
     def steps_per_epoch(self, config: Config) -> int:
@@ -125,10 +128,7 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
             " samples, so with data.drop_last no batch is left; use a smaller one."
         )
     on_target = target_transform(options.target_transform, len(classes))
-    evaluating = eval_transform(config)
-    training = evaluating
-    if options.train_transform is not None:
-        training = ImageTransform(options.train_transform, options.mean, options.std)
+    training, evaluating = _transforms(config, all(View(d).is_images for d in (train_data, eval_data)))
     skip = options.on_bad_sample == "skip"
     make = partial(
         Samples,
@@ -142,19 +142,47 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     train.check_labels("training")
     evaluation.check_labels("evaluation")
     read = Samples.readable if skip else Samples.sample
-    shape, train_shape = (tuple(read(samples, 0, epoch=0)[0].shape) for samples in (evaluation, train))
+    shape, train_shape = (
+        _shape(samples.collated("an input", [read(samples, 0, epoch=0)[0]]))
+        for samples in (evaluation, train)
+    )
     return Data(train, evaluation, classes, shape, train_shape, notes)
 
 
 def first_batch(samples: Samples) -> Batch:
     """The first sample that can be read, twice, as a batch has it."""
     parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
-    return next(batch for part in parts for batch in samples.batches([part]) if len(batch.targets))
+    return next(batch for part in parts for batch in samples.batches([part]) if batch.rows)
 
 
 def _bytes(size: int, shape: tuple[int, ...]) -> int:
-    """What a batch of float32 images takes."""
+    """What a batch of float32 images takes, or of other inputs about."""
     return 4 * size * math.prod(shape)
+
+
+def _shape(inputs: Any) -> tuple[int, ...]:
+    """The shape of a sample in a batch's first tensor."""
+    return tuple(next(tensors(inputs)).shape[1:])
+
+
+def _transforms(config: Config, is_images: bool) -> tuple[ImageTransform | None, ImageTransform | None]:
+    """What is done to images in training and in evaluation; nothing to other inputs.
+
+    Raises UserError where something is to be done to those.
+    """
+    options = config.data
+    if is_images:
+        evaluating = eval_transform(config)
+        if options.train_transform is None:
+            return evaluating, evaluating
+        return ImageTransform(options.train_transform, options.mean, options.std), evaluating
+    for name in ("train_transform", "eval_transform", "mean", "std"):
+        if getattr(options, name):
+            raise UserError(
+                f"data.{name}: the inputs of '{options.name}' are no images, so nothing is done to them here;"
+                " leave it out."
+            )
+    return None, None
 
 
 def eval_transform(config: Config) -> ImageTransform:

@@ -19,8 +19,9 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from dist_train.config import Config
+from dist_train.data.batch import Batch, tensors
 from dist_train.data.order import Part
-from dist_train.data.samples import Batch, Samples
+from dist_train.data.samples import Samples
 from dist_train.runtime import Runtime, allowed_cpus
 
 FETCH_BYTES = 2**22  # of images in memory that are transformed at a time: they stay in the CPU's cache
@@ -63,12 +64,20 @@ def recorded(batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
             line = {
                 "step": batch.part.step + 1,
                 "samples": batch.part.indices[: batch.part.size].tolist(),
-                "inputs": zlib.crc32(batch.inputs.contiguous().numpy().data),
-                "targets": zlib.crc32(batch.targets.contiguous().numpy().data),
+                "inputs": _checksum(batch.inputs),
+                "targets": _checksum(batch.targets),
             }
             file.write(json.dumps(line) + "\n")
             file.flush()
             yield batch
+
+
+def _checksum(value: Any) -> int:
+    """Of the bytes of all tensors in `value`, in their order."""
+    number = 0
+    for tensor in tensors(value):
+        number = zlib.crc32(tensor.contiguous().numpy().data, number)
+    return number
 
 
 def _as_it_is(batch: Any) -> Any:

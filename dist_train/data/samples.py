@@ -7,50 +7,25 @@ batches are slices of the result; all else is done sample by sample, with the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
+from torchvision.tv_tensors import TVTensor
 
 from dist_train.config import UserError
-from dist_train.data.images import BadSample, ImageFiles, InMemory, as_text
+from dist_train.data.batch import Batch, Unreadable, map_tensors, tensors
+from dist_train.data.images import BadSample, as_text
 from dist_train.data.labels import first_wrong, wrong
 from dist_train.data.order import Part
+from dist_train.data.source import View
 from dist_train.data.transforms import ImageTransform, OneHot
 from dist_train.seeds import seed_sample
 
 UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's
 MOST_BAD = 100  # in a row: then it isn't the samples
-
-
-class Batch(NamedTuple):
-    """What the model gets, and which part of which step it is."""
-
-    inputs: torch.Tensor  # [B, C, H, W]
-    targets: torch.Tensor  # [B, ...]
-    part: Part
-    bad: tuple[tuple[str, str], ...] = ()  # samples that could not be read, and why
-
-    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
-        """The batch on `device`; a copy from page-locked memory does not wait."""
-        layout = torch.channels_last if channels_last and self.inputs.ndim == 4 else torch.preserve_format
-        return Batch(
-            self.inputs.to(device, non_blocking=True, memory_format=layout),
-            self.targets.to(device, non_blocking=True),
-            self.part,
-            self.bad,
-        )
-
-
-class Unreadable(NamedTuple):
-    """Stands where a worker could not read a batch; the error comes up, as it is, where it is used."""
-
-    error: UserError
-
-    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
-        """Raises the error."""
-        raise self.error
 
 
 class Samples(Dataset[Any]):
@@ -59,21 +34,21 @@ class Samples(Dataset[Any]):
     def __init__(
         self,
         source: Any,
-        transform: ImageTransform,
+        transform: ImageTransform | None,  # None: the inputs are no images
         target_transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
         on_bad: str = "stop",  # "stop", "replace" or "leave out"
         classes: int = 0,
         strict: bool = False,  # whether targets must be classes: see `labels.wrong`
     ) -> None:
-        self.source, self.transform, self.target_transform = source, transform, target_transform
+        self.source, self.transform, self.target_transform = View(source), transform, target_transform
         self.seed, self.on_bad, self.classes, self.strict = seed, on_bad, classes, strict
         self.checked = False  # whether all labels were found to be right
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self.sample(index, epoch=0)
 
     def __getitems__(self, parts: Sequence[Part]) -> Sequence[Batch | Unreadable]:
@@ -87,45 +62,55 @@ class Samples(Dataset[Any]):
 
     def batches(self, parts: Sequence[Part]) -> list[Batch]:
         """The micro-batches of these parts, transformed as their epochs want it."""
-        memory = in_memory(self.source)
-        if memory is None or not self.is_batched:
+        if not self.is_batched:
             return [self.batch(part) for part in parts]
-        index = torch.from_numpy(np.concatenate([part.indices for part in parts]))
-        if isinstance(self.source, Subset):
-            index = torch.as_tensor(self.source.indices)[index]
-        # index_select copies whole images; memory.images[index] goes byte by byte, at ten times the cost.
-        images, targets = memory.images.index_select(0, index), memory.labels.index_select(0, index)
-        if isinstance(self.target_transform, OneHot):  # of labels that were checked at the start
-            targets = self.target_transform(targets)
-        elif self.target_transform is not None:
-            numbers = np.concatenate([part.indices for part in parts]).tolist()
-            rows = [self.target(label, i) for label, i in zip(targets, numbers, strict=True)]
-            targets = torch.stack([torch.as_tensor(row) for row in rows])
-        targets = self.numbers(targets)
-        images, sizes = self.transform(images), [len(part.indices) for part in parts]
-        return [Batch(*rows) for rows in zip(images.split(sizes), targets.split(sizes), parts, strict=True)]
+        numbers = np.concatenate([part.indices for part in parts])
+        inputs, targets = self.source.read_many(torch.from_numpy(numbers))
+        targets = self.all_targets(targets, numbers)
+        if self.transform is not None:
+            inputs = self.transform(inputs)
+        batches, end = [], 0
+        for part in parts:
+            rows = itemgetter(slice(end, end := end + len(part.indices)))
+            batches.append(Batch(map_tensors(rows, inputs), map_tensors(rows, targets), part))
+        return batches
 
     def batch(self, part: Part) -> Batch:
         """A micro-batch, fetched sample by sample."""
         samples, bad = self.samples(part)
-        shapes = {tuple(image.shape): None for image, _ in samples}
-        if len(shapes) > 1:
-            one, other = [list(shape) for shape in shapes][:2]
-            raise UserError(
-                f"{self.transform.where}: images of shapes {one} and {other} don't fit into one batch;"
-                " give them one size, as by {Resize: {size: [64, 64]}}."
-            )
         filled = samples or [self.readable(0, part.epoch)]
-        inputs, targets = default_collate(filled)
-        if not isinstance(targets, torch.Tensor):
-            raise UserError(
-                f"data: a target is of type {type(filled[0][1]).__name__}; make it a number or a tensor, as"
-                " by data.target_transform."
-            )
-        targets = self.numbers(targets)
-        return Batch(inputs[: len(samples)], targets[: len(samples)], part, tuple(bad))
+        inputs = self.collated("an input", [one for one, _ in filled])
+        targets = None
+        if any(target is not None for _, target in filled):
+            targets = self.numbers(self.collated("a target", [target for _, target in filled]))
+        if not samples:
+            nothing = itemgetter(slice(0))
+            inputs, targets = map_tensors(nothing, inputs), map_tensors(nothing, targets)
+        return Batch(inputs, targets, part, tuple(bad))
 
-    def samples(self, part: Part) -> tuple[list[tuple[torch.Tensor, Any]], list[tuple[str, str]]]:
+    def collated(self, what: str, values: list[Any]) -> Any:
+        """Inputs or targets as one of a batch. Raises UserError for what can't be stacked."""
+        shapes = {tuple(tuple(tensor.shape) for tensor in tensors(value)): None for value in values}
+        if len(shapes) > 1:
+            differing = (pair for pair in zip(*list(shapes)[:2], strict=False) if pair[0] != pair[1])
+            one, other = map(list, next(differing, ("some", "none")))
+            where, kind, mend = "data", f"{what.split()[-1]}s", "give them one shape"
+            if self.transform is not None and what == "an input" and isinstance(values[0], torch.Tensor):
+                where, kind = self.transform.where, "images"
+                mend = "give them one size, as by {Resize: {size: [64, 64]}}"
+            raise UserError(f"{where}: {kind} of shapes {one} and {other} don't fit into one batch; {mend}.")
+        try:
+            stacked = default_collate(values)
+        except TypeError:  # of a kind that it doesn't know
+            stacked = None
+        if not any(True for _ in tensors(stacked)):
+            raise UserError(
+                f"data: {what} is of type {type(values[0]).__name__}; make it a number or a tensor"
+                f"{', as by data.target_transform' if what == 'a target' else ''}."
+            )
+        return tuple(stacked) if type(values[0]) is tuple else stacked
+
+    def samples(self, part: Part) -> tuple[list[tuple[Any, Any]], list[tuple[str, str]]]:
         """The samples of a micro-batch, and those that can't be read, with the reason.
 
         A bad one is replaced by the next one of the data set that can be read, or left out. Raises
@@ -133,7 +118,7 @@ class Samples(Dataset[Any]):
         """
         if self.on_bad == "stop":
             return [self.sample(int(index), part.epoch) for index in part.indices], []
-        samples: list[tuple[torch.Tensor, Any]] = []
+        samples: list[tuple[Any, Any]] = []
         bad: list[tuple[str, str]] = []
         for index in part.indices.tolist():
             try:
@@ -144,9 +129,7 @@ class Samples(Dataset[Any]):
                     samples.append(self.readable(index + 1, part.epoch, bad))
         return samples, bad
 
-    def readable(
-        self, index: int, epoch: int, bad: list[tuple[str, str]] | None = None
-    ) -> tuple[torch.Tensor, Any]:
+    def readable(self, index: int, epoch: int, bad: list[tuple[str, str]] | None = None) -> tuple[Any, Any]:
         """The first sample from `index` on that can be read; those before it are added to `bad`.
 
         Raises UserError where too many in a row can't be read.
@@ -163,30 +146,36 @@ class Samples(Dataset[Any]):
 
     def name(self, index: int) -> str:
         """The path of a sample's file, or its number where there is none."""
-        source: Any = self.source
-        if isinstance(source, Subset):
-            source, index = source.dataset, source.indices[index]
-        return as_text(source.path(index)) if hasattr(source, "path") else f"sample {index}"
+        path = self.source.path(index)
+        return f"sample {index}" if path is None else as_text(path)
 
-    def sample(self, index: int, epoch: int) -> tuple[torch.Tensor, Any]:
-        """One transformed sample as (image `[C, H, W]`, target), as this epoch sees it."""
+    def sample(self, index: int, epoch: int) -> tuple[Any, Any]:
+        """One transformed sample as (image `[C, H, W]` or other input, target), as this epoch sees it."""
         seed_sample(self.seed, epoch, index, everything=not self.is_plain)
         image, label = self.pair(index)
         label = self.target(label, index)
-        return self.transform(_copy(image) if self.transform.steps else image), label
+        if self.transform is None:
+            return image, label
+        if self.transform.steps:
+            image = _copy(image)
+        if isinstance(image, (dict, tuple, list)) or any(isinstance(t, TVTensor) for t in tensors(label)):
+            return self.transform.together(image, _copy(label))
+        return self.transform(image), label
 
     def pair(self, index: int) -> tuple[Any, Any]:
-        """A sample's image and label as the data set gives them."""
+        """A sample's input and label as the data set gives them; what is no pair is all input."""
         item = self.source[index]
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            return item[0], item[1]
+        if self.strict or not isinstance(item, (dict, tuple)):
             raise UserError(
                 f"data: {self.name(index)} is a {type(item).__name__}, not a pair (image, label)."
             )
-        return item[0], item[1]
+        return item, None
 
     def target(self, label: Any, index: int) -> Any:
         """The target of a sample with this label. Raises UserError, naming it, for one that can't be."""
-        if self.checked and self.target_transform is None:
+        if (self.checked and self.target_transform is None) or (label is None and not self.strict):
             return label
         reason = ""
         if isinstance(self.target_transform, OneHot):
@@ -197,44 +186,56 @@ class Samples(Dataset[Any]):
             raise UserError(f"data: the label of {self.name(index)} {reason}.")
         return label
 
-    def numbers(self, targets: torch.Tensor) -> torch.Tensor:
+    def all_targets(self, labels: Any, numbers: np.ndarray) -> Any:
+        """The targets of the samples `numbers`, which have these labels."""
+        if isinstance(self.target_transform, OneHot):  # of labels that were checked at the start
+            labels = self.target_transform(labels)
+        elif self.target_transform is not None:
+            rows = [self.target(label, i) for label, i in zip(labels, numbers.tolist(), strict=True)]
+            labels = torch.stack([torch.as_tensor(row) for row in rows])
+        elif not self.checked and isinstance(labels, torch.Tensor):
+            self.refuse(first_wrong(labels, self.classes, self.strict), numbers)
+        return self.numbers(labels)
+
+    def numbers(self, targets: Any) -> Any:
         """Class numbers as int64: torch's loss takes no other; all other targets as they are."""
-        whole = targets.ndim == 1 and not targets.is_floating_point()
-        return targets.long() if self.strict and whole else targets
+        if self.strict and targets.ndim == 1 and not targets.is_floating_point():
+            return targets.long()
+        return targets
 
     def check_labels(self, part: str) -> None:
         """Raises UserError for a wrong one, where the labels of all samples are at hand."""
-        whole: Any = self.source.dataset if isinstance(self.source, Subset) else self.source
         by_number = isinstance(self.target_transform, OneHot)
-        if type(whole) not in (InMemory, ImageFiles) or (self.target_transform and not by_number):
+        if self.target_transform is not None and not by_number:
             return
-        labels = torch.as_tensor(whole.labels)
-        if isinstance(self.source, Subset):
-            labels = labels[torch.as_tensor(self.source.indices)]
-        if found := first_wrong(labels, self.classes, self.strict or by_number):
+        labels = self.source.all_labels()
+        if labels is not None:
+            self.refuse(first_wrong(labels, self.classes, self.strict or by_number), part=part)
+            self.checked = True
+
+    def refuse(
+        self, found: tuple[int, str] | None, numbers: np.ndarray | None = None, part: str = ""
+    ) -> None:
+        """Raises UserError for a wrong label, `found` at a place among the samples `numbers`, or all."""
+        if found is not None:
             place, reason = found
-            raise UserError(f"data: in the {part} set, the label of {self.name(place)} {reason}.")
-        self.checked = True
+            where = f"in the {part} set, " if part else ""
+            name = self.name(place if numbers is None else int(numbers[place]))
+            raise UserError(f"data: {where}the label of {name} {reason}.")
 
     @property
     def is_batched(self) -> bool:
         """Whether samples are in memory, and their transforms take whole batches and are not random."""
-        return self.transform.batched and in_memory(self.source) is not None
+        return self.source.can_read_many and (self.transform is None or self.transform.batched)
 
     @property
     def is_plain(self) -> bool:
         """Whether source and transforms are ours, so that all they draw is torch's."""
-        return self.transform.ours and in_memory(self.source) is not None
+        return self.source.can_read_many and (self.transform is None or self.transform.ours)
 
 
 def _copy(value: Any) -> Any:
     """A copy for a transform: one that works in place must not reach the data set's own."""
-    if isinstance(value, torch.Tensor):
-        return value.clone()
+    if isinstance(value, (torch.Tensor, dict, tuple, list)):
+        return map_tensors(torch.Tensor.clone, value)
     return value.copy() if hasattr(value, "copy") else value
-
-
-def in_memory(source: Any) -> InMemory | None:
-    """The data set in memory behind `source`, if there is one."""
-    base = source.dataset if isinstance(source, Subset) else source
-    return base if type(base) is InMemory else None

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, import_object, nearest
+from dist_train.data.batch import map_tensors, tensors
 from dist_train.progress import counted
 from dist_train.seeds import seed_sample as seed_sample
 
@@ -50,6 +52,21 @@ class ImageTransform:
         """One image `[C, H, W]`, or where `batched` a batch `[B, C, H, W]`."""
         return self.to_float(self.geometry(image))
 
+    def together(self, inputs: Any, target: Any) -> tuple[Any, Any]:
+        """An image and what lies on it (tv_tensors.Mask and such), by the same random numbers.
+
+        Inputs that are no single image are a dict or tuple; images in it are tv_tensors.Image, all other
+        values are only passed through. A transform of one's own gets the pair of both.
+        """
+        inputs, target = self.geometry((_tensor(inputs), target))
+
+        def convert(tensor: torch.Tensor) -> torch.Tensor:
+            return self.to_float(tensor) if isinstance(tensor, tv_tensors.Image) else _plain(tensor)
+
+        nested = isinstance(inputs, (dict, tuple, list))
+        inputs = map_tensors(convert, inputs) if nested else self.to_float(inputs)
+        return inputs, map_tensors(_plain, target)
+
     def geometry(self, image: Any) -> Any:
         """The named transforms alone, before conversion and normalization."""
         for position, step in enumerate(self.steps):
@@ -61,9 +78,10 @@ class ImageTransform:
                 if not self.names[position]:  # the user's own: its traceback tells more
                     raise
                 reason = " ".join(str(error).split()).rstrip(".")
+                shapes = " and ".join(str(list(t.shape)) for t in tensors(image)) or "[]"
                 raise UserError(
                     f"{self.where}[{position}]: {self.names[position]} can't be applied to an image of"
-                    f" shape {list(getattr(image, 'shape', ()))}: {reason}."
+                    f" shape {shapes}: {reason}."
                 ) from error
         return image
 
@@ -103,6 +121,12 @@ class ImageTransform:
         if self.mean is None or self.std is None:
             return tensor
         return tensor * self.std + self.mean
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without torchvision's word for what it is; the classes of a mask as int64, as torch's loss wants."""
+    plain = tensor.as_subclass(torch.Tensor)
+    return plain.long() if isinstance(tensor, tv_tensors.Mask) else plain
 
 
 def _tensor(image: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dist_train import data
-from dist_train.config import Config
+from dist_train.config import Config, UserError
 from dist_train.data.transforms import ImageTransform
 from dist_train.report.pictures import write_grid
 
@@ -18,6 +18,8 @@ COLUMNS = 8
 def draw(config: Config, output: Path, count: int = 16) -> None:
     """Writes a PNG with the first `count` samples of the first epoch, as read and as the model sees them."""
     sets = data.build(config)
+    if (transform := sets.train.transform) is None:
+        raise UserError(f"data: the inputs of '{config.data.name}' are no images, so they can't be drawn.")
     indices = sets.sampler(config, 0, 1, 0, 1).order(0)[:count].tolist()
     plain = ImageTransform()
     rows = []
@@ -27,7 +29,7 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
             image, label = sets.train.pair(index)
             read.append((plain(image), _title(label, sets.classes)))
             transformed, _ = sets.train.sample(index, epoch=0)
-            seen.append((sets.train.transform.unnormalize(transformed), "as the model sees it"))
+            seen.append((transform.unnormalize(transformed), "as the model sees it"))
         rows += [read, seen]
     write_grid(rows, output)
 

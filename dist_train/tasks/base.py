@@ -48,22 +48,22 @@ class SampleTask:
 
     best = "min eval/loss"
 
-    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of each sample, `[B]`."""
+    def loss(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """The loss of each sample, `[B]`; targets are a tensor `[B, ...]` or, as the data has it, several."""
         raise NotImplementedError
 
-    def metrics(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    def metrics(self, outputs: torch.Tensor, targets: Any) -> dict[str, torch.Tensor]:
         """Further values of each sample, `[B]` each, whose means are reported by these names."""
         return {}
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The loss of each sample, `[B]`. Raises UserError if `loss` gives anything else."""
-        return each_loss(self, model(batch.inputs), batch.targets), None
+        return each_loss(self, model(batch.inputs), batch.targets, batch.rows), None
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """The sums of loss and metrics, and how many samples there are."""
-        values = measure(self, model(batch.inputs), batch.targets)
-        count = torch.tensor(len(batch.targets))
+        values = measure(self, model(batch.inputs), batch.targets, batch.rows)
+        count = torch.tensor(batch.rows)
         return {name: wide(value).sum() for name, value in values.items()} | {"samples": count}
 
     def report(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -104,19 +104,19 @@ def wide(values: torch.Tensor) -> torch.Tensor:
 # --- what a task by samples gives, checked ------------------------------------------------------------
 
 
-def each_loss(task: SampleTask, outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-    """The loss of each sample, `[B]`. Raises UserError if the task gives anything else."""
+def each_loss(task: SampleTask, outputs: Any, targets: Any, count: int) -> torch.Tensor:
+    """The loss of each of `count` samples, `[B]`. Raises UserError if the task gives anything else."""
     if not isinstance(outputs, torch.Tensor):
         raise UserError(
             f"model: it gives a {type(outputs).__name__}, but a task works with one tensor [B, ...]; give"
             " that out alone."
         )
-    return _each_sample(task, "loss", task.loss(outputs, targets), len(targets))
+    return _each_sample(task, "loss", task.loss(outputs, targets), count)
 
 
-def measure(task: SampleTask, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Loss and metrics of each sample, `[B]` each. Raises UserError if the task gives anything else."""
-    measured = {"loss": each_loss(task, outputs, targets)}
+def measure(task: SampleTask, outputs: torch.Tensor, targets: Any, count: int) -> dict[str, torch.Tensor]:
+    """Loss and metrics of each of `count` samples, `[B]` each. Raises UserError if a task gives others."""
+    measured = {"loss": each_loss(task, outputs, targets, count)}
     metrics = task.metrics(outputs, targets)
     if not isinstance(metrics, Mapping):
         raise UserError(
@@ -124,7 +124,7 @@ def measure(task: SampleTask, outputs: torch.Tensor, targets: torch.Tensor) -> d
         )
     for name, value in metrics.items():
         check_name(task, name)
-        measured[name] = _each_sample(task, f"metric '{name}'", value, len(targets))
+        measured[name] = _each_sample(task, f"metric '{name}'", value, count)
     return measured
 
 

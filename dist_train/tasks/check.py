@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config import UserError
-from dist_train.data import Batch
+from dist_train.data.batch import Batch, map_tensors, tensors
 from dist_train.tasks.base import SampleTask, Task, check_name, each_loss, measure, name_of
 from dist_train.tasks.classification import is_classification
 
@@ -86,30 +87,41 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.data.copy_(before[name])
 
 
-def _check_samples(task: SampleTask, outputs: torch.Tensor, targets: torch.Tensor, classes: int) -> list[str]:
+def _check_samples(task: SampleTask, outputs: torch.Tensor, targets: Any, classes: int) -> list[str]:
     if is_classification(task) and (outputs.ndim != 2 or outputs.shape[1] < classes):
         raise UserError(
             f"model: it gives outputs of shape {list(outputs.shape[1:])} for an image, but classification"
             f" needs one for each {f'of the {classes} classes' if classes else 'class'}."
         )
+    if is_classification(task) and not isinstance(targets, torch.Tensor):
+        raise UserError(
+            f"task: classification needs one label for each image, not a {type(targets).__name__}; take it"
+            " out by data.target_transform, or write a task of your own."
+        )
     # As many rows as no other dimension has: a sum over the samples can't pass for a value of each.
-    count = next(n for n in range(5, 99) if n not in {*outputs.shape[1:], *targets.shape[1:]})
+    count = next(
+        n for n in range(5, 99) if n not in {n for t in (outputs, *tensors(targets)) for n in t.shape[1:]}
+    )
     rows = torch.arange(count) % len(outputs)
-    outputs, targets = outputs.detach()[rows], targets[rows]
+    outputs, targets = outputs.detach()[rows], map_tensors(itemgetter(rows), targets)
     try:
         with torch.enable_grad():  # copies: a task may work in place
             given = outputs.clone().requires_grad_(outputs.is_floating_point())
-            tried = each_loss(task, given.clone(), targets.clone())
+            tried = each_loss(task, given.clone(), map_tensors(torch.clone, targets), count)
         with torch.no_grad():  # as in an evaluation
-            measured = measure(task, outputs, targets)
+            measured = measure(task, outputs, targets, count)
     except REFUSALS as error:
         raise UserError(
-            f"task: {name_of(task)} can't take outputs {list(outputs.shape)} of {outputs.dtype} and targets"
-            f" {list(targets.shape)} of {targets.dtype}: {_reason(error)}."
+            f"task: {name_of(task)} can't take outputs {_shown(outputs)} and targets {_shown(targets)}:"
+            f" {_reason(error)}."
         ) from error
     if not tried.requires_grad:
         raise UserError(f"task: the loss of {name_of(task)} has no gradient by the model's outputs.")
     return list(measured)
+
+
+def _shown(value: Any) -> str:
+    return " and ".join(f"{list(tensor.shape)} of {tensor.dtype}" for tensor in tensors(value))
 
 
 def _reason(error: Any) -> str:

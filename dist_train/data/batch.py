@@ -1,0 +1,70 @@
+"""Batches: what the model gets, as tensors, or tuples and dicts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from dist_train.config import UserError
+from dist_train.data.order import Part
+
+
+class Batch(NamedTuple):
+    """What the model gets, and which part of which step it is.
+
+    Inputs and targets are tensors `[B, ...]`, or tuples, lists and dicts of them at any depth.
+    """
+
+    inputs: Any  # of images [B, C, H, W]
+    targets: Any  # None where samples are no pairs: then all is in `inputs`
+    part: Part
+    bad: tuple[tuple[str, str], ...] = ()  # samples that could not be read, and why
+
+    @property
+    def rows(self) -> int:
+        """How many samples there are; also one that only fills the part of a rank that was left nothing."""
+        return next((len(tensor) for tensor in tensors(self.inputs)), 0)
+
+    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+        """The batch on `device`; a copy from page-locked memory does not wait."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
+            return tensor.to(device, non_blocking=True, memory_format=layout)
+
+        targets = map_tensors(lambda tensor: tensor.to(device, non_blocking=True), self.targets)
+        return Batch(map_tensors(move, self.inputs), targets, self.part, self.bad)
+
+
+class Unreadable(NamedTuple):
+    """Stands where a worker could not read a batch; the error comes up, as it is, where it is used."""
+
+    error: UserError
+
+    def to(self, device: torch.device, channels_last: bool = False) -> Batch:
+        """Raises the error."""
+        raise self.error
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value` with what `function` makes of each tensor in it; what is no tensor stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: map_tensors(function, item) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
+        return type(value)(*(map_tensors(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(function, item) for item in value)
+    return value
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in `value`, in their order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, tuple, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors(item)
