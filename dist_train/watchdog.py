@@ -55,6 +55,7 @@ class Watchdog:
         self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
         self._store = _store() if ranks.world_size > 1 else None
         self._held = self._open_held() if self.seconds else None
+        self._renewed = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -73,20 +74,22 @@ class Watchdog:
         return time.monotonic() - self._began
 
     def _run(self) -> None:
-        renewed = 0.0
         while not self._ended.wait(LOOK_SECONDS):
-            now = time.monotonic()
-            if self._held is not None:  # as long as this thread gets its turn, it never comes to that
-                faulthandler.dump_traceback_later(self.seconds + GIL_SECONDS, exit=True, file=self._held)
-            if self._deadline and now >= self._deadline:
-                self.interrupt.request(self._deadline_name)
-            if self.lock and now - renewed >= RENEW_SECONDS:
-                renewed = now
-                if not self.lock.renew():
-                    _end(f"another attempt has taken {self.lock.path}; this one ends.")
-            self._publish()
-            if self.seconds and now - self.at[0] > self.seconds:
-                self._bite()
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """Does what is due at this time of the clock, in seconds as time.monotonic() counts them."""
+        if self._held is not None:  # as long as this thread gets its turn, it never comes to that
+            faulthandler.dump_traceback_later(self.seconds + GIL_SECONDS, exit=True, file=self._held)
+        if self._deadline and now >= self._deadline:
+            self.interrupt.request(self._deadline_name)
+        if self.lock and now - self._renewed >= RENEW_SECONDS:
+            self._renewed = now
+            if not self.lock.renew():
+                _end(f"another attempt has taken {self.lock.path}; this one ends.")
+        self._publish()
+        if self.seconds and now - self.at[0] > self.seconds:
+            self._bite()
 
     def _publish(self) -> None:
         """Tells the other ranks where this one is."""

@@ -23,6 +23,10 @@ from tests.worlds import SMALL
 
 SLOW = """
 import time
+from dist_train import watchdog
+
+watchdog.LOOK_SECONDS, watchdog.RENEW_SECONDS = 0.2, 0.5  # who has lost the lock notices it sooner
+
 def slow(image):
     time.sleep(0.01)
     return image
@@ -77,7 +81,7 @@ def test_a_newer_attempt_of_a_slurm_job_takes_over_and_the_older_one_ends(
     job = {"SLURM_JOB_ID": 7, "SLURM_JOB_END_TIME": int(time.time()) + 86400}
     old = under_way(begin(*ENDLESS, env=job), until=saved)
     assert cli("train", *SLOWLY, env=job).rc == 2
-    words = [*SLOWLY, "train.steps=100000", "stop_after=12 s"]
+    words = [*SLOWLY, "train.steps=100000", "stop_after=5 s"]
     new = cli("train", *words, env=job | {"SLURM_RESTART_COUNT": 1})
     assert new.rc == 75, new
     _, err = old.communicate(timeout=30)

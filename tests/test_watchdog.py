@@ -8,26 +8,33 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from dist_train import watchdog
 from dist_train.cluster import slurm
-from dist_train.config import parse_seconds
+from dist_train.config import from_mapping, parse_seconds
+from dist_train.interrupt import Interrupt
+from dist_train.lock import Lock
 from dist_train.report.status import collect
 from dist_train.tracking import read_status
 from dist_train.watchdog import last_rank
 from tests.distributed.ranks import last
-from tests.processes import REPO, Finished
+from tests.processes import REPO, Finished, finish
 from tests.warm import Process
 from tests.worlds import SMALL
 
 HANGS = """
 import ctypes, os, pathlib, time
+from dist_train import watchdog
+
+watchdog.LOOK_SECONDS, watchdog.SILENT_SECONDS, watchdog.GIL_SECONDS = 0.5, 2, 3  # all of it sooner
 
 def hangs(image):
     time.sleep(0.002)
@@ -46,7 +53,7 @@ def stuck():
     if "DIES" in os.environ:  # when rank 0 has noticed
         while not pathlib.Path("runs/run/stacks/rank-0.txt").exists():
             time.sleep(0.01)
-        time.sleep(1)
+        time.sleep(0.7)
         os._exit(9)
     time.sleep(600)
 """
@@ -59,29 +66,145 @@ def torchrun(*arguments: Any) -> list[Any]:
     return [*launcher, "-m", "dist_train", *arguments]
 
 
+# --- by a clock of the test's own --------------------------------------------------------------------
+
+
+class Watched:
+    """A watchdog of one rank that looks when the test says so, and what it has done."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.ends: list[str] = []
+        self.told: list[str] = []
+        self.interrupt = Interrupt()
+        self.lock = Lock(folder)
+        self.lock.acquire(print)
+        alone: Any = SimpleNamespace(rank=0, is_main=True, world_size=1)
+        where = {"dir": str(folder.parent), "name": folder.name}
+        config = from_mapping({"run": where, "train": {"steps": 1}, **options})
+        monkeypatch.setattr(watchdog, "_end", self.ends.append)
+        monkeypatch.setattr(watchdog, "LOOK_SECONDS", 10_000)  # its own thread never looks
+        self.dog = watchdog.Watchdog(config, alone, self.interrupt, time.monotonic(), self.lock, self.fail)
+        monkeypatch.setattr(watchdog, "LOOK_SECONDS", 0.001)
+        self.began = self.dog.at[0]
+        self.moves = False  # whether the step ends while the stacks are written
+
+    def fail(self, reason: str) -> None:
+        self.told.append(reason)
+        if self.moves:
+            self.dog.beat(1, "computing")
+
+    def look(self, seconds: float) -> None:
+        """A look so many seconds after the last step, or after the start."""
+        self.dog.look(self.began + seconds)
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Watched]]:
+    """watched(watchdog_seconds=600, stop_after="1h") -> Watched"""
+    made: list[Watched] = []
+    folder = tmp_path / "run"
+    folder.mkdir()
+
+    def make(**options: Any) -> Watched:
+        made.append(Watched(folder, monkeypatch, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.dog.stop()
+
+
+def test_a_hang_is_ended_after_its_time_and_not_before(
+    watched: Callable[..., Watched], tmp_path: Path
+) -> None:
+    it = watched(watchdog_seconds=600)
+    it.look(599)
+    assert (it.ends, it.told, it.dog.reason) == ([], [], "")
+    it.look(601)
+    (reason,) = it.told
+    assert reason.startswith("no step for 600 s; it was starting after step 0; the stacks")
+    assert it.ends == [f"rank 0: {reason}"]
+    assert "in test_a_hang_is_ended" in (tmp_path / "run/stacks/rank-0.txt").read_text()
+
+
+def test_each_step_gives_the_whole_time_again_and_one_that_ends_late_is_no_hang(
+    watched: Callable[..., Watched],
+) -> None:
+    it = watched(watchdog_seconds=600)
+    it.began = time.monotonic()
+    it.dog.beat(1, "computing")
+    it.look(599)
+    assert not it.told
+    it.moves = True
+    it.look(602)
+    assert len(it.told) == 1 and not it.ends and not it.dog.reason
+
+
+def test_without_a_time_for_hangs_there_are_none(watched: Callable[..., Watched], tmp_path: Path) -> None:
+    it = watched(watchdog_seconds=0)
+    it.look(10**9)
+    assert not it.told and not it.ends and not (tmp_path / "run/stacks").exists()
+
+
+def test_a_deadline_asks_to_stop_when_it_is_there(watched: Callable[..., Watched]) -> None:
+    it = watched(stop_after="1h")
+    it.look(3590)
+    assert not it.interrupt.is_set()
+    it.look(3600)
+    assert it.interrupt.reason == "stop_after=1h"
+
+
+def test_the_lock_is_renewed_and_who_has_lost_it_ends(watched: Callable[..., Watched]) -> None:
+    it = watched()
+    os.utime(it.lock.path, (1, 1))
+    it.look(0)
+    assert it.lock.path.stat().st_mtime > 1
+    os.utime(it.lock.path, (1, 1))
+    it.look(4.9)  # it is renewed each five seconds
+    assert it.lock.path.stat().st_mtime == 1
+    it.lock.path.write_text('{"token": "of another attempt"}')
+    it.look(5)
+    assert it.ends == [f"another attempt has taken {it.lock.path}; this one ends."]
+
+
 # --- hangs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("then", [{}, {"DIES": 1}], ids=["forever", "until it dies first"])
 def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
-    then: dict[str, Any],
+    begin_ranks: Callable[..., list[Process]], under_way: Callable[..., Process], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(HANGS)
+    run = tmp_path / "runs" / "run"
+    processes = begin_ranks(2, "train", *HANGING, "watchdog_seconds=3", env={"HANGING": 1})
+    under_way(processes[0])
+    (tmp_path / "now").touch()
+    first, second = (finish(process, 60) for process in processes)
+    assert (first.rc, second.rc) == (1, 1)
+    status = read_status(run)
+    assert status["state"] == "failed"
+    assert "no step for 3 s; rank 1 came last: it is waiting for data after step" in status["reason"]
+    assert status["reason"] in first.err
+    assert "in stuck" in (run / "stacks" / "rank-1.txt").read_text()
+    assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_rank_that_hangs_until_it_dies_is_named_under_torchrun(
     start: Callable[..., subprocess.Popen[str]],
     under_way: Callable[..., subprocess.Popen[str]],
     tmp_path: Path,
 ) -> None:
+    """It dies before the watchdogs have ended anything; torchrun then ends the other one."""
     (tmp_path / "mine.py").write_text(HANGS)
     run = tmp_path / "runs" / "run"
     command = torchrun("train", *HANGING, "watchdog_seconds=3")
-    process = under_way(start(*command, env={"HANGING": 1, **then}))
+    process = under_way(start(*command, env={"HANGING": 1, "DIES": 1}))
     (tmp_path / "now").touch()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    ended = finish(process, 60)
+    assert ended.rc == 1
     status = read_status(run)
     assert status["state"] == "failed"
     assert "no step for 3 s; rank 1 came last: it is waiting for data after step" in status["reason"]
-    assert status["reason"] in err
-    if not then:
-        assert "in stuck" in (run / "stacks" / "rank-1.txt").read_text()
+    assert status["reason"] in ended.err
     assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
 
 
@@ -98,7 +221,7 @@ def test_a_step_that_was_slow_but_ends_is_no_hang(
     wait_for((run / "stacks" / "rank-0.txt").exists, process)
     at = read_status(run)["step"]
     wait_for(lambda: read_status(run)["state"] == "running" and read_status(run)["step"] > at, process)
-    time.sleep(5)  # the watchdog would have ended it by now
+    time.sleep(4)  # the watchdog would have ended it by now
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75 and "no step for 3 s" in err
@@ -126,7 +249,7 @@ def test_a_stopped_rank_is_named_by_the_others(
     second.send_signal(signal.SIGSTOP)
     _, err = first.communicate(timeout=60)
     assert first.returncode == 1
-    assert "rank 1 came last: nothing was heard of it for 5 s or more" in read_status(run)["reason"], err
+    assert "rank 1 came last: nothing was heard of it for 2 s or more" in read_status(run)["reason"], err
 
 
 @pytest.fixture
@@ -135,7 +258,7 @@ def ranks_running(
 ) -> tuple[list[Process], Path]:
     """Two ranks in the middle of a training, without a launcher that would end them, and their run."""
     (tmp_path / "mine.py").write_text(HANGS)
-    words = ["train", *HANGING, "watchdog_seconds=8"]
+    words = ["train", *HANGING, "watchdog_seconds=4"]
     processes = begin_ranks(2, *words, env={"HANGING": "none"})
     under_way(processes[0])
     return processes, tmp_path / "runs" / "run"
@@ -273,11 +396,11 @@ def test_a_run_stops_itself_in_time_with_a_checkpoint(
 ) -> None:
     (tmp_path / "mine.py").write_text(HANGS)
     begin = time.monotonic()
-    stopped = cli("train", *HANGING, "stop_after=8 s", env={"HANGING": "none"})
+    stopped = cli("train", *HANGING, "stop_after=4 s", env={"HANGING": "none"})
     assert stopped.rc == 75, stopped
-    assert time.monotonic() - begin >= 8
+    assert time.monotonic() - begin >= 4
     run = tmp_path / "runs" / "run"
-    assert saved_because(run, "stop_after=8 s"), read_status(run)
+    assert saved_because(run, "stop_after=4 s"), read_status(run)
 
 
 def test_the_time_limit_of_slurm_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
