@@ -81,57 +81,74 @@ def check_values(config: Config, origin: Mapping[str, str]) -> None:
     Args:
         origin: full key -> the file or argument that set it.
     """
+    for objections in (_limits, _lengths, _channels, _paths, _intervals):
+        for key, why in objections(config):
+            raise UserError(f"{origin.get(key, 'config')}: '{key}' {why}.")
 
-    def refuse(key: str, why: str) -> None:
-        raise UserError(f"{origin.get(key, 'config')}: '{key}' {why}.")
 
-    def shown(key: str) -> str:
-        """The value as it was written: what a resolver gave may be a secret."""
-        text, _ = config.written.get(tuple(key.split(".")), (None, None))
-        return repr(get(config, key)) if text is None else repr(text)
+Objections = Iterator[tuple[str, str]]  # (full key, what is wrong with its value)
 
+
+def _limits(config: Config) -> Objections:
     for key, rule, value in each_key(config):
         if not rule.allows(value):
             near = nearest(str(value), rule.choices)
-            refuse(key, f"can't be {shown(key)}; choose one of {', '.join(rule.choices)}{near}")
+            yield key, f"can't be {_shown(config, key)}; choose one of {', '.join(rule.choices)}{near}"
         if rule.least is not None and value is not None and not value >= rule.least:
-            refuse(key, f"must be at least {rule.least}, not {shown(key)}")
+            yield key, f"must be at least {rule.least}, not {_shown(config, key)}"
         if rule.below is not None and value is not None and not value < rule.below:
-            refuse(key, f"must be below {rule.below}, not {shown(key)}")
+            yield key, f"must be below {rule.below}, not {_shown(config, key)}"
+
+
+def _lengths(config: Config) -> Objections:
     if not config.train.epochs and not config.train.steps:
-        refuse("train.epochs", "is missing: give the length of the run here or in 'train.steps'")
+        yield "train.epochs", "is missing: give the length of the run here or in 'train.steps'"
     if config.train.epochs and config.train.steps:
-        refuse(
-            "train.steps",
-            "and 'train.epochs' are both set; give one of them, and null for the other",
-        )
+        yield "train.steps", "and 'train.epochs' are both set; give one of them, and null for the other"
+
+
+def _channels(config: Config) -> Objections:
     if len(config.data.mean) != len(config.data.std):
-        refuse("data.std", "and 'data.mean' must have the same number of values, one for each channel")
+        yield "data.std", "and 'data.mean' must have the same number of values, one for each channel"
     if any(not value > 0 for value in config.data.std):
-        refuse("data.std", "must hold positive numbers")
+        yield "data.std", "must hold positive numbers"
+
+
+def _paths(config: Config) -> Objections:
     if not _is_folder(config.run.name):
-        name = shown("run.name")
+        name = _shown(config, "run.name")
         name = name if len(name) < 100 else f"{name[:60]}...' of {len(config.run.name)} characters"
-        refuse("run.name", f"must be a folder's name inside run.dir, not {name}")
+        yield "run.name", f"must be a folder's name inside run.dir, not {name}"
     for key in ("run.dir", "data.root", "resume"):
         if "\0" in (get(config, key) or ""):
-            refuse(key, f"must be a path, not {shown(key)}")
+            yield key, f"must be a path, not {_shown(config, key)}"
+
+
+def _intervals(config: Config) -> Objections:
+    """Intervals, lengths of time, and which checkpoint is the best, each with its way to be written."""
     for key in ("eval.every", "checkpoint.every", "schedule.warmup"):
         try:
             every = Every.parse(get(config, key))
         except ValueError as error:
-            refuse(key, f"{error}, not {shown(key)}")
-        if key != "checkpoint.every" and (every.seconds or every.auto):
-            refuse(key, "counts in steps or epochs: time differs from run to run")
+            yield key, f"{error}, not {_shown(config, key)}"
+        else:
+            if key != "checkpoint.every" and (every.seconds or every.auto):
+                yield key, "counts in steps or epochs: time differs from run to run"
     if config.stop_after is not None:
         try:
             parse_seconds(config.stop_after)
         except ValueError as error:
-            refuse("stop_after", f"{error}, not {shown('stop_after')}")
+            yield "stop_after", f"{error}, not {_shown(config, 'stop_after')}"
     best = config.checkpoint.best
     if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
         wanted = "is written as 'max eval/accuracy' or 'min eval/loss'"
-        refuse("checkpoint.best", f"{wanted}, not {shown('checkpoint.best')}")
+        yield "checkpoint.best", f"{wanted}, not {_shown(config, 'checkpoint.best')}"
+
+
+def _shown(config: Config, key: str) -> str:
+    """The value as it was written: what a resolver gave may be a secret."""
+    text, _ = config.written.get(tuple(key.split(".")), (None, None))
+    return repr(get(config, key)) if text is None else repr(text)
 
 
 def _is_folder(name: str) -> bool:
