@@ -5,23 +5,32 @@ CONFIG ?= configs/quickstart.yaml
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: help train test lint format bench clean
+# All checks, whatever fails; arguments for pytest.
+checked = failed=0; \
+	check() { echo "$$*"; "$$@" || { failed=1; echo "make $@: FAILED: $$*" >&2; }; }; \
+	check $(BIN)/ruff format --check .; \
+	check $(BIN)/ruff check .; \
+	check $(BIN)/mypy; \
+	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(1) $(ARGS); \
+	exit $$failed
+
+.PHONY: help train test test-all test-gpu lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## Install what is missing and train configs/quickstart.yaml (or CONFIG=...)
 	$(BIN)/dist-train train $(CONFIG)
 
-test: .venv/installed-dev ## Run all checks: format, lint, types, tests (ARGS="-k resume" goes to pytest)
-	@failed=0; \
-	check() { echo "$$*"; "$$@" || { failed=1; echo "make test: FAILED: $$*" >&2; }; }; \
-	check $(BIN)/ruff format --check .; \
-	check $(BIN)/ruff check .; \
-	check $(BIN)/mypy; \
-	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(ARGS); \
-	exit $$failed
+test: .venv/installed-dev ## Check what most changes can break: format, lint, types, tests (ARGS="-k resume" goes to pytest)
+	@$(call checked,-m "not long and not slow and not slurm")
+
+test-all: .venv/installed-dev ## Check everything: also long matrices, faults, a real Slurm, the recipes' accuracy
+	@$(call checked,)
+
+test-gpu: .venv/installed-dev ## Check the guarantees on this machine's GPUs; without one all is skipped
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 lint: .venv/installed-dev ## Check format, lint and types
 	$(BIN)/ruff format --check .

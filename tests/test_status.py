@@ -161,6 +161,7 @@ def test_squeue_is_asked_once_for_all_jobs(cli: Callable[..., Finished], tmp_pat
     assert {row["slurm_state"] for row in json.loads(result.out)} == {None}
 
 
+@pytest.mark.slurm
 def test_a_real_slurm_tells_the_states_of_jobs(
     slurm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

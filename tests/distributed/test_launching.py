@@ -101,6 +101,7 @@ def test_accelerate_itself_takes_each_file_and_the_command_in_its_head(file: Pat
     assert (REPO / told.training_script_args[1]).is_file()
 
 
+@pytest.mark.slurm
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_srun_starts_ranks_without_any_launcher(
     nodes: int, tmp_path: Path, expected: dict[int, Any], slurm: Any
