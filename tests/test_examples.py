@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ def last_metrics(run: Path) -> dict[str, Any]:
 
 
 def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
-    tmp_path: Path, run: Callable[..., Finished], cli: Callable[..., Finished]
+    tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
     assert len((EXAMPLES / "own_model.py").read_text().splitlines()) < 20
-    finished = run(sys.executable, EXAMPLES / "own_model.py", env=QUIET)
+    finished = cli(EXAMPLES / "own_model.py", env=QUIET)
     assert finished.rc == 0, finished
     assert last_metrics(tmp_path / "runs/own-model")["eval/accuracy"] > 0.85
     config = load([tmp_path / "runs/own-model/config.yaml"])
@@ -40,10 +39,10 @@ def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
 
 
 def test_a_task_that_is_no_classification_needs_less_than_30_lines(
-    tmp_path: Path, run: Callable[..., Finished]
+    tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
     assert len((EXAMPLES / "regression.py").read_text().splitlines()) < 30
-    finished = run(sys.executable, EXAMPLES / "regression.py", env=QUIET)
+    finished = cli(EXAMPLES / "regression.py", env=QUIET)
     assert finished.rc == 0, finished
     last = last_metrics(tmp_path / "runs/regression")
     assert last["eval/error"] < 0.05

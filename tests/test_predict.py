@@ -83,7 +83,7 @@ def test_predictions_name_the_classes_in_a_table_in_csv_and_in_json(
 
 
 def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_at_all(
-    trained: Path, run: Callable[..., Finished], tmp_path: Path
+    trained: Path, cli: Callable[..., Finished], run: Callable[..., Finished], tmp_path: Path
 ) -> None:
     folder, output = tmp_path / "named", tmp_path / "out"
     folder.mkdir()
@@ -91,7 +91,7 @@ def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_a
     shutil.copy(source, os.fsencode(folder) + b"/caf\xe9.png")
     shutil.copy(source, folder / "K\u00e4se.png")
     for format in ("csv", "json", "table"):
-        result = run(*PREDICT, trained / "runs/run", folder, "--format", format, "--output", output)
+        result = cli("predict", trained / "runs/run", folder, "--format", format, "--output", output)
         assert (result.rc, result.err) == (0, ""), result
         text = output.read_bytes().decode("utf-8")
         told = [row["image"] for row in json.loads(text)] if format == "json" else text
@@ -102,7 +102,7 @@ def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_a
     (tmp_path / "sealed").mkdir()
     link = tmp_path / "sealed" / "link"
     link.symlink_to(output)
-    assert run(*PREDICT, trained / "runs/run", folder, "--output", link).rc == 0
+    assert cli("predict", trained / "runs/run", folder, "--output", link).rc == 0
     assert link.is_symlink() and output.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["named", "out", "sealed"]
 

@@ -183,6 +183,7 @@ def test_without_a_key_it_is_offline_and_says_so_once(
     assert finished.err.splitlines().index(line) == 2  # after what came up
 
 
+@pytest.mark.long
 def test_a_server_that_cannot_be_reached_does_not_stop_the_training(
     npz: Path, tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:

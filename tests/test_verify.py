@@ -29,6 +29,7 @@ def keyed(image):
 WORDS = [*SMALL, "model.args.dropout=0.3", "--steps=12", "--kills=2"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_job_whose_random_numbers_are_keyed_passes_on_several_processes(
     processes: int, cli: Callable[..., Finished], npz: Path, tmp_path: Path

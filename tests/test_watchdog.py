@@ -188,6 +188,7 @@ def test_a_hang_ends_with_the_stacks_and_the_name_of_the_rank_that_came_last(
     assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_until_it_dies_is_named_under_torchrun(
     start: Callable[..., subprocess.Popen[str]],
     under_way: Callable[..., subprocess.Popen[str]],
@@ -295,7 +296,7 @@ def saved_because(run: Path, reason: str) -> bool:
     return (status["state"], status["reason"], status["step"]) == ("interrupted", reason, step) and step > 0
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
 def test_ranks_whose_launcher_is_gone_save_and_end(
     launcher: str,
     start: Callable[..., subprocess.Popen[str]],
@@ -327,7 +328,9 @@ def data(train, root):
 """
 
 
-@pytest.mark.parametrize("when", ["while they import", "while one waits for the other"])
+@pytest.mark.parametrize(
+    "when", [pytest.param("while they import", marks=pytest.mark.long), "while one waits for the other"]
+)
 def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
     when: str, start: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -343,6 +346,7 @@ def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
     assert not alive
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
     launcher: str,
@@ -364,6 +368,7 @@ def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
     assert saved_because(run, "SIGUSR1"), read_status(run)
 
 
+@pytest.mark.long
 def test_a_rank_that_dies_is_restarted_with_the_rest_and_nothing_changes(
     start: Callable[..., subprocess.Popen[str]],
     cli: Callable[..., Finished],

@@ -38,8 +38,8 @@ class Process:
     def __init__(
         self, command: Sequence[Any], cwd: Path, env: Mapping[str, str], output: Path, errors: Path
     ) -> None:
+        self.output, self.errors = output, errors
         self.args = list(command) if callable(command[0]) else list(map(str, command))
-        self._said = output, errors
         given = (self.args, str(cwd), dict(env), str(output), str(errors))
         self._process = CONTEXT.Process(target=_main, args=given)
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # for the server, if it starts now
@@ -65,7 +65,7 @@ class Process:
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Waits for the end; returns what it said to stdout and stderr. Raises subprocess.TimeoutExpired."""
         self.wait(timeout)
-        out, err = (path.read_text() if path.exists() else "" for path in self._said)
+        out, err = (path.read_text() if path.exists() else "" for path in (self.output, self.errors))
         return out, err
 
     def send_signal(self, number: int) -> None:

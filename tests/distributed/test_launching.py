@@ -52,7 +52,10 @@ def _launchers() -> dict[str, tuple[int, list[Any]]]:
     }
 
 
-@pytest.mark.parametrize("launcher", _launchers())
+@pytest.mark.parametrize(
+    "launcher",
+    [name if name == "torchrun" else pytest.param(name, marks=pytest.mark.long) for name in _launchers()],
+)
 def test_each_launcher_runs_the_same_job(
     launcher: str, tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
 ) -> None:
@@ -64,6 +67,7 @@ def test_each_launcher_runs_the_same_job(
     assert equal(expected[processes], last(tmp_path, "quickstart")["model"])
 
 
+@pytest.mark.long
 def test_two_nodes_of_accelerate_make_one_run(
     tmp_path: Path, start: Callable[..., Any], expected: dict[int, Any]
 ) -> None:
@@ -113,7 +117,13 @@ def test_srun_starts_ranks_without_any_launcher(
     assert equal(expected[2], last(tmp_path, "quickstart")["model"])
 
 
-@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--config_file", "multi_cpu.yaml"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cpu", "--num_processes", "2"],
+        pytest.param(["--config_file", "multi_cpu.yaml"], marks=pytest.mark.long),
+    ],
+)
 def test_fewer_processes_than_asked_for_is_an_error(
     flags: list[str], tmp_path: Path, run: Callable[..., Finished]
 ) -> None:
@@ -128,6 +138,7 @@ def test_fewer_processes_than_asked_for_is_an_error(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_accelerates_own_settings_do_not_change_the_training(
     tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
 ) -> None:

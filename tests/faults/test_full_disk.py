@@ -11,6 +11,7 @@ import pytest
 
 from dist_train.checkpoint import newest_first, step_of
 from dist_train.tracking import read_lines, read_status
+from tests.warm import Process
 from tests.worlds import SMALL, write_npz
 
 SLOW = """
@@ -21,7 +22,7 @@ def slow(image):
     return image
 """
 WORDS = [*SMALL, "data.train_transform=[mine:slow]", "checkpoint.every=5", "log.every=5", "eval.every=never"]
-Begin = Callable[[int], tuple[Path, subprocess.Popen[str]]]
+Train = Callable[[int], tuple[Path, Process]]
 
 
 class Disk:
@@ -61,40 +62,35 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture
-def begin(
-    disk: Disk, start: Callable[..., subprocess.Popen[str]], wait_for: Callable[..., None], tmp_path: Path
-) -> Begin:
-    """begin(steps) -> (run, Popen) of a training whose run lies on the disk, and that has saved there."""
+def train(disk: Disk, begin: Callable[..., Process], wait_for: Callable[..., None], tmp_path: Path) -> Train:
+    """train(steps) -> (run, Process) of a training whose run lies on the disk, and that has saved there."""
     (tmp_path / "mine.py").write_text(SLOW)
     write_npz(tmp_path)
     run = disk.folder / "run"
     words = [*WORDS, f"run.dir={disk.folder}", "run.name=run", "model.args.hidden=[512]"]
 
-    def train(steps: int) -> tuple[Path, subprocess.Popen[str]]:
-        process = start("-m", "dist_train", "train", *words, f"train.steps={steps}")
-        wait_for(lambda: (run / "checkpoints" / "last.pt").exists(), process)
+    def saved(steps: int) -> tuple[Path, Process]:
+        process = begin("train", *words, f"train.steps={steps}")
+        wait_for((run / "checkpoints" / "last.pt").exists, process)
         return run, process
 
-    return train
+    return saved
 
 
-def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(disk: Disk, begin: Begin) -> None:
-    run, process = begin(300)
+def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(
+    disk: Disk, train: Train, wait_for: Callable[..., None]
+) -> None:
+    run, process = train(300)
     newest = lambda: step_of(newest_first(run / "checkpoints")[0])  # noqa: E731
     disk.fill(process.pid)
     full = newest()
-    printed: list[str] = []
-    assert process.stderr
-    for line in process.stderr:
-        printed.append(line)
-        if f"step {full + 40}/300" in line:
-            break
-    told = "".join(printed)
+    wait_for(lambda: f"step {full + 40}/300" in process.errors.read_text(), process)
+    told = process.errors.read_text()
     assert "could not be written: " in told and "the checkpoints before it are untouched" in told
     assert newest() <= full + 5  # one may have been under way
     disk.empty(process.pid)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 0, told + rest
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
     assert newest() == 300
     assert read_status(run)["state"] == "completed"
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if "train/loss" in row]
@@ -102,8 +98,8 @@ def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(disk: Dis
     assert not list(run.rglob("*.tmp"))
 
 
-def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(disk: Disk, begin: Begin) -> None:
-    run, process = begin(60)
+def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(disk: Disk, train: Train) -> None:
+    run, process = train(60)
     disk.fill(process.pid)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
@@ -114,7 +110,7 @@ def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(disk: Disk, b
     assert good and step_of(good[0]) < 60
     assert not list(run.rglob("*.tmp"))
     disk.empty(process.pid)
-    _, again = begin(60)
+    _, again = train(60)
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err
     assert f"(step {step_of(good[0]):,})" in err

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.faults.operations import kill_ahead_of, undisturbed
 
 
+@pytest.mark.long
 def test_a_run_killed_between_two_operations_on_files_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     """Ten of them, once also the attempt that goes on; `python -m tests.faults` takes every one."""
     count = len(undisturbed(tmp_path))
