@@ -111,14 +111,21 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Of a segmentation: the folder for the masks.")] = None,
     trust: Trust = False,
 ) -> None:
-    """Name the classes of images. Exit code 2 if any of them can't be read, after the others are done."""
+    """Name the classes of images, or of their pixels. Exit code 2 if any can't be read, after the others."""
     from dist_train import predict as prediction
 
     prediction.check_format(format)
-    rows, errors = prediction.predict(run, images, top, trust=trust)
-    prediction.write(rows, format, output)
+    if masks is not None:
+        from dist_train.segment import predict_masks
+
+        written, errors = predict_masks(run, images, masks, trust=trust)
+        print(f"{len(written)} masks written: {masks}")
+    else:
+        rows, errors = prediction.predict(run, images, top, trust=trust)
+        prediction.write(rows, format, output)
     if errors:
         raise UserError("\n".join(errors))
 

@@ -75,7 +75,48 @@ def _convolution(before: int, after: int) -> nn.Conv2d:
     return nn.Conv2d(before, after, 3, padding=1, bias=False)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn}
+class UNet(nn.Module):
+    """A small U-Net (Ronneberger et al., 2015): a score of each class for each pixel."""
+
+    def __init__(self, in_channels: int, num_classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        befores = [in_channels, *widths[:-1]]
+        self.down = nn.ModuleList(
+            _convolutions(before, width) for before, width in zip(befores, widths, strict=True)
+        )
+        self.up = nn.ModuleList(_convolutions(high + low, high) for high, low in pairwise(widths))
+        self.scores = nn.Conv2d(widths[0], num_classes, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """`[B, C, H, W]` -> `[B, K, H, W]`."""
+        levels = [self.down[0](images)]
+        for block in self.down[1:]:
+            levels.append(block(nn.functional.max_pool2d(levels[-1], 2)))
+        values = levels.pop()
+        for block in reversed(self.up):
+            # To the size of the level, which a size that can't be halved well is not twice this one.
+            values = nn.functional.interpolate(values, levels[-1].shape[-2:])
+            values = block(torch.cat([levels.pop(), values], 1))
+        return self.scores(values)  # type: ignore[no-any-return]
+
+
+def unet(in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (16, 32, 64)) -> nn.Module:
+    """A small U-Net (Ronneberger et al., 2015) for segmentation: each further width halves the image once.
+
+    `[B, C, H, W]` -> `[B, K, H, W]`.
+    """
+    return UNet(in_channels, num_classes, widths)
+
+
+def _convolutions(before: int, after: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width in (before, after):
+        layers += [_convolution(width, after), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "unet": unet}
+SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
 
 # What wrong arguments make a model raise: sizes below zero, unknown weights, weights out of reach.
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError)
@@ -99,11 +140,12 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
         )
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), args, channels, num_classes)
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = torchvision.models.list_models(module=torchvision.models) + SEGMENTATION
     if name not in known:
         raise UserError(
-            f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn, a"
-            " classifier of torchvision.models, timm/NAME, or package.module:object."
+            f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn,"
+            " unet, a classifier or segmentation model of torchvision.models, timm/NAME, or"
+            " package.module:object."
         )
     return _torchvision(name, args, sample_shape, num_classes)
 
@@ -172,11 +214,13 @@ def _torchvision(name: str, args: dict[str, Any], sample_shape: Sequence[int], n
         args = {"aux_logits": False, "init_weights": True} | args
     if name.startswith("vit_"):
         args.setdefault("image_size", sample_shape[1])
+    if name in SEGMENTATION:
+        args.setdefault("weights_backbone", None)  # nothing is downloaded unasked
     if not args.get("weights"):
         args["num_classes"] = num_classes
     model = construct(torchvision.models.get_model_builder(name), args, "model.args", REFUSALS)
     if args.get("weights"):
-        replace_last(model, num_classes)
+        (replace_heads if name in SEGMENTATION else replace_last)(model, num_classes)
     replace_first(model, sample_shape[0])
     return model
 
@@ -210,6 +254,14 @@ def replace_last(model: nn.Module, size: int) -> None:
     name, old = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     if old.out_features != size:
         _set(model, name, nn.Linear(old.in_features, size))
+
+
+def replace_heads(model: nn.Module, size: int) -> None:
+    """Puts fresh layers with `size` outputs in place of the last ones of a segmentation model."""
+    heads = ("classifier.4", "aux_classifier.4", "classifier.low_classifier", "classifier.high_classifier")
+    for name, old in list(model.named_modules()):
+        if name in heads and isinstance(old, nn.Conv2d):
+            _set(model, name, nn.Conv2d(old.in_channels, size, 1))
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:

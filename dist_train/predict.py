@@ -67,7 +67,8 @@ def _trained(
         what = f"the {type(model).__name__} that is given"
     else:
         args, shape = dict(config.model.args), saved["sample_shape"]
-        for name in ("weights", "pretrained") if ":" not in config.model.name else ("weights",):
+        loaded = ("weights", "weights_backbone", "pretrained")
+        for name in loaded if ":" not in config.model.name else ("weights",):
             args.pop(name, None)  # those in the file take their place
         if math.prod(shape) > MOST_VALUES and not trust:
             raise UserError(f"{path}: images of shape {shape}; if you trust the file: --trust (trust=True).")
@@ -101,15 +102,12 @@ def predict(
     A row is `{"image": path, "class": name, "probability": p, "top": [[name, p], ...]}`. `model` and
     `trust` are as for `load_model`.
     """
-    path = checkpoint.find(place)
-    saved = checkpoint.load(path, verified=True)
-    needed = ["data.eval_transform", "data.mean", "data.std", *(["model."] if model is None else [])]
-    config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
-    told, classes = completed(saved["config"]), len(saved["classes"])
-    if len(shape) != 3 or shape[0] not in (1, 3, 4):
-        raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
-    model = _trained(path, saved, config, model, trust)
-    outputs, task = models.probe(model, shape, config.model.name), told["task"]["name"]
+    model, saved, transform = for_images(place, model, trust)
+    shape, classes = saved["sample_shape"], len(saved["classes"])
+    task = completed(saved["config"])["task"]["name"]
+    if task == "segmentation":
+        raise UserError(f"{place}: predicts masks, no classes; name a folder for them by --masks FOLDER.")
+    outputs = models.probe(model, shape, type(model).__name__)
     width = outputs.shape[1] if outputs.ndim == 2 else 0
     # A classifier may have spare outputs, as pretrained ones do; those of another task may mean anything.
     if not width or (width < classes if task == "classification" else width != classes):
@@ -117,16 +115,9 @@ def predict(
             f"{place}: predicts no classes: its task is '{task}', and its model gives"
             f" {list(outputs.shape[1:])} for an image, not one number for each of {classes} classes."
         )
-    if told["data"]["name"].startswith(GIVEN):
-        print(
-            f"note: the run's images came from a '{told['data']['name'].removeprefix(GIVEN)}'; what it did to"
-            " them itself is not done here, only data.eval_transform.",
-            file=sys.stderr,
-        )
-    transform = data.eval_transform(config)
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
-    for files in _batches(_image_files(images, errors)):
+    for files in _batches(image_files(images, errors)):
         tensors, readable = [], []
         for file in files:
             try:
@@ -149,6 +140,29 @@ def predict(
                 row = {"image": as_text(file), "class": name, "probability": probability}
                 rows.append(row | {"top": ranked})
     return rows, errors
+
+
+def for_images(
+    place: str | Path, model: nn.Module | None, trust: bool
+) -> tuple[nn.Module, dict[str, Any], data.ImageTransform]:
+    """The trained model, the checkpoint's other contents, and what is done to an image file ahead of it.
+
+    Raises UserError where the model takes no images.
+    """
+    path = checkpoint.find(place)
+    saved = checkpoint.load(path, verified=True)
+    needed = ["data.eval_transform", "data.mean", "data.std", *(["model."] if model is None else [])]
+    config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
+    if len(shape) != 3 or shape[0] not in (1, 3, 4):
+        raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
+    source = completed(saved["config"])["data"]["name"]
+    if source.startswith(GIVEN):
+        print(
+            f"note: the run's images came from a '{source.removeprefix(GIVEN)}'; what it did to them itself"
+            " is not done here, only data.eval_transform.",
+            file=sys.stderr,
+        )
+    return _trained(path, saved, config, model, trust), saved, data.eval_transform(config)
 
 
 def check_format(name: str) -> None:
@@ -230,7 +244,7 @@ def evaluate_run(
         runtime.stop(ranks.accelerator)
 
 
-def _image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:
+def image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:
     """The files themselves, and of folders all images below them."""
     for place in places:
         if not place.is_dir():

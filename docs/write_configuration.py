@@ -14,7 +14,7 @@ from dist_train.config import Config
 from dist_train.config.options import Rule
 from dist_train.config.schema import each_key
 from dist_train.data import sources
-from dist_train.tasks import Classification
+from dist_train.tasks import TASKS
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -67,7 +67,8 @@ arguments of `args`, and with those of the following that its signature takes.
 - `data.name`: `root`, `train` (true or false), `split` (`train` or `test`). It returns a map-style data set
   of (image, label) whose `classes` are the names of the classes, or `None` where there is no eval set. What
   else it may offer, such as the path of a sample or many samples at once, is told in
-  [source.py](../dist_train/data/source.py); to a task of your own a sample may also be a dict or a longer tuple.
+  [source.py](../dist_train/data/source.py); to a task of your own a sample may also be a dict or a longer
+  tuple.
 - `model.name`: `input_shape`, `in_channels`, `num_classes`. It returns a module.
 - `task.name`: it returns an object with `best`, `loss` and `metrics`, as in
   [examples/regression.py](../examples/regression.py).
@@ -112,7 +113,7 @@ def page() -> str:
         ("data.name` and `data.args", sources.SOURCES),
         ("model.name` and `model.args", models.MODELS),
         ("schedule.name` and `schedule.args", optim.SCHEDULES),
-        ("task.name` and `task.args", {"classification": Classification}),
+        ("task.name` and `task.args", TASKS),
     ]
     for title, functions in named:
         lines += ["", f"## `{title}`", "", "| name | arguments | meaning |", "| --- | --- | --- |"]

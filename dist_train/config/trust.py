@@ -25,7 +25,9 @@ CLASSES = {
     "dist_train.tasks": "Classification",
 }
 # Data sets that neither unpack nor unpickle what they find, and whether they would download.
-SOURCES = dict.fromkeys(("image_folder", "csv", "arrays", "FakeData", "ImageFolder"), False) | dict.fromkeys(
+SOURCES = dict.fromkeys(
+    ("image_folder", "image_masks", "csv", "arrays", "FakeData", "ImageFolder"), False
+) | dict.fromkeys(
     ("fashion_mnist", "FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "STL10", "SVHN"), True
 )
 # Arguments of timm's models that read files, also pickled ones, or name another model, also one of a hub.

@@ -30,7 +30,7 @@ from dist_train.data.transforms import ImageTransform, target_transform
 from dist_train.runtime import Runtime, micro_batch
 from dist_train.seeds import generator, key
 
-__all__ = ["Batch", "Data", "Source", "build", "eval_transform", "first_batch", "recorded"]
+__all__ = ["Batch", "Data", "ImageTransform", "Source", "build", "eval_transform", "first_batch", "recorded"]
 
 
 @dataclass(frozen=True)

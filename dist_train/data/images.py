@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from dist_train.config import UserError, nearest
 
+EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's word for so many channels
 
 
@@ -56,9 +57,7 @@ class ImageFiles(Dataset):
         classes: Sequence[str],
         channels: int = 3,
     ) -> None:
-        # One array of bytes for all paths: a list of millions of objects would be copied into
-        # each worker as soon as reference counts are touched.
-        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.paths = packed(paths)
         self.labels = np.asarray(labels)
         self.classes, self.channels = list(classes), channels
 
@@ -67,7 +66,7 @@ class ImageFiles(Dataset):
 
     def path(self, index: int) -> Path:
         """The file of a sample."""
-        return Path(os.fsdecode(self.paths[index]))
+        return unpacked(self.paths[index])
 
     def all_labels(self) -> torch.Tensor:
         """The labels `[N, ...]` of all samples."""
@@ -75,6 +74,19 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         return read_image(self.path(index), self.channels), self.labels[index].item()
+
+
+def packed(paths: Sequence[Path]) -> np.ndarray:
+    """All paths as one array of bytes.
+
+    A list of millions of objects would be copied into each worker as soon as reference counts are touched.
+    """
+    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+
+
+def unpacked(path: bytes) -> Path:
+    """A path that `packed` has packed."""
+    return Path(os.fsdecode(path))
 
 
 def read_image(path: Path, channels: int = 3) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, and the user's own.
+"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, masks, and the user's own.
 
 A source is a function of (root, train, ...) that returns a map-style data set of (image, label) with
 `classes`, the list of class names; or None where there is no evaluation part.
@@ -19,9 +19,16 @@ from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.data.arrays import arrays
 from dist_train.data.csv_file import csv
 from dist_train.data.fashion_mnist import fashion_mnist
-from dist_train.data.images import ImageFiles, InMemory, as_text, image_paths, is_hidden, near_path
-
-EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
+from dist_train.data.images import (
+    EVAL_FOLDERS,
+    ImageFiles,
+    InMemory,
+    as_text,
+    image_paths,
+    is_hidden,
+    near_path,
+)
+from dist_train.data.masks import image_masks
 
 # --- sources by name: each takes (root, train, ...) and returns a data set, or None without an eval set
 
@@ -86,6 +93,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "image_folder": image_folder,
     "csv": csv,
     "arrays": arrays,
+    "image_masks": image_masks,
 }
 
 

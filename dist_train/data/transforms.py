@@ -6,6 +6,7 @@ Names are those of torchvision.transforms.v2. What a random transform does to a 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.data.batch import map_tensors, tensors
+from dist_train.data.masks import IGNORED
 from dist_train.progress import counted
 from dist_train.seeds import seed_sample as seed_sample
 
@@ -188,4 +190,12 @@ def _build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
         raise UserError(f"{where}: torchvision.transforms.v2 has no '{name}'{nearest(name, known)}.")
     if name in ("CutMix", "MixUp"):
         raise UserError(f"{where}: {name} mixes several samples; it can't be applied to each alone.")
-    return construct(getattr(v2, name), args, f"{where}.{name}"), name
+    return construct(getattr(v2, name), _filling(getattr(v2, name), args), f"{where}.{name}"), name
+
+
+def _filling(cls: type, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a transform that may bring in pixels from outside: in a mask those are ignored."""
+    fill = inspect.signature(cls).parameters.get("fill")
+    if fill is None or isinstance(args.get("fill"), dict):
+        return args
+    return args | {"fill": {tv_tensors.Mask: IGNORED, "others": args.get("fill", fill.default)}}

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.tv_tensors import Mask
 
 from dist_train import data
 from dist_train.config import Config, UserError
+from dist_train.data.masks import painted
 from dist_train.data.transforms import ImageTransform
-from dist_train.report.pictures import write_grid
+from dist_train.report.pictures import Cell, write_grid
 
 COLUMNS = 8
 
@@ -22,20 +24,32 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
         raise UserError(f"data: the inputs of '{config.data.name}' are no images, so they can't be drawn.")
     indices = sets.sampler(config, 0, 1, 0, 1).order(0)[:count].tolist()
     plain = ImageTransform()
-    rows = []
+    rows: list[list[Cell]] = []
     for first in range(0, len(indices), COLUMNS):
-        read, seen = [], []
+        read: list[list[Cell]] = []  # of each sample the image, and its mask if it has one
+        seen: list[list[Cell]] = []
         for index in indices[first : first + COLUMNS]:
             image, label = sets.train.pair(index)
-            read.append((plain(image), _title(label, sets.classes)))
-            transformed, _ = sets.train.sample(index, epoch=0)
-            seen.append((transform.unnormalize(transformed), "as the model sees it"))
-        rows += [read, seen]
+            transformed, target = sets.train.sample(index, epoch=0)
+            read.append([(plain(image), _title(label, sets.classes))])
+            seen.append([(transform.unnormalize(transformed), "as the model sees it")])
+            if isinstance(label, Mask):
+                read[-1].append((painted(label), _names(label, sets.classes)))
+                seen[-1].append((painted(target), _names(target, sets.classes)))
+        rows += [list(row) for cells in (read, seen) for row in zip(*cells, strict=True)]
     write_grid(rows, output)
+
+
+def _names(mask: torch.Tensor, classes: list[str]) -> str:
+    """The classes in a mask, as many as stand above a picture."""
+    names = [classes[number] for number in mask.unique().tolist() if 0 < number < len(classes)]
+    return ", ".join(names[:2]) + ("..." if len(names) > 2 else "")
 
 
 def _title(label: Any, classes: list[str]) -> str:
     """The class that a label is the number of; else the label itself, which may be anything."""
+    if isinstance(label, Mask):
+        return "as it is read"
     value = label.tolist() if hasattr(label, "tolist") else label
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -1,7 +1,7 @@
 """Tasks: what a model learns, and how well.
 
 base.py            what a task is, and tasks by one value per sample
-classification.py  the tasks by name, one file each
+classification.py, segmentation.py  the tasks by name, one file each
 check.py           a task is tried before the first step
 """
 
@@ -11,10 +11,21 @@ from dist_train.config import Config, UserError, construct, import_object, neare
 from dist_train.tasks.base import SampleTask, Task, complete, wide
 from dist_train.tasks.check import check
 from dist_train.tasks.classification import Classification, is_classification
+from dist_train.tasks.segmentation import Segmentation
 
-__all__ = ["Classification", "SampleTask", "Task", "build", "check", "complete", "is_classification", "wide"]
+__all__ = [
+    "Classification",
+    "SampleTask",
+    "Segmentation",
+    "Task",
+    "build",
+    "check",
+    "complete",
+    "is_classification",
+    "wide",
+]
 
-TASKS = {"classification": Classification}
+TASKS = {"classification": Classification, "segmentation": Segmentation}
 
 
 def build(config: Config) -> Task:
