@@ -19,16 +19,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_train.cluster import slurm
-from dist_train.config import Config, parse_seconds
+from dist_train.config import Config
+from dist_train.deadline import deadline
 from dist_train.interrupt import Interrupt
 from dist_train.lock import RENEW_SECONDS, Lock
 from dist_train.runtime import Runtime
 
 LOOK_SECONDS = 1.0
-GIL_SECONDS = 10.0  # after a hang of any other kind is told and ended
-SILENT_SECONDS = 5.0  # a rank that has told nothing for so long is stopped or gone
-MARGIN_SECONDS = 60.0  # kept of SLURM's time limit for the last save
+GIL_SECONDS = 10.0  # after a hang of any other kind would have been ended
+SILENT_SECONDS = 5.0  # a rank that has published nothing for so long is stopped or gone
 
 
 class Watchdog:
@@ -52,7 +51,7 @@ class Watchdog:
         self._began = time.monotonic()  # ranks begin together; clocks of hosts differ, and are set
         self.at = (self._began, 0, "starting")
         self.reason = ""  # for which it has given this rank up
-        self._deadline, self._deadline_name = _deadline(config, started) if ranks.is_main else (0.0, "")
+        self._deadline = deadline(config, started) if ranks.is_main else None
         self._store = _store() if ranks.world_size > 1 else None
         self._held = self._open_held() if self.seconds else None
         self._renewed = 0.0
@@ -81,15 +80,15 @@ class Watchdog:
         """Does what is due at this time of the clock, in seconds as time.monotonic() counts them."""
         if self._held is not None:  # as long as this thread gets its turn, it never comes to that
             faulthandler.dump_traceback_later(self.seconds + GIL_SECONDS, exit=True, file=self._held)
-        if self._deadline and now >= self._deadline:
-            self.interrupt.request(self._deadline_name)
+        if self._deadline and now >= self._deadline.at:
+            self.interrupt.request(self._deadline.reason)
         if self.lock and now - self._renewed >= RENEW_SECONDS:
             self._renewed = now
             if not self.lock.renew():
                 _end(f"another attempt has taken {self.lock.path}; this one ends.")
         self._publish()
         if self.seconds and now - self.at[0] > self.seconds:
-            self._bite()
+            self._end_hang()
 
     def _publish(self) -> None:
         """Tells the other ranks where this one is."""
@@ -98,7 +97,7 @@ class Watchdog:
             with contextlib.suppress(RuntimeError):  # the store is gone, with the launcher or rank 0
                 self._store.set(f"at/{self.ranks.rank}", json.dumps([self._age(), step, doing]))
 
-    def _bite(self) -> None:
+    def _end_hang(self) -> None:
         """Writes the stacks, names the rank that came last, and ends the process if it still hangs."""
         at = self.at
         _, step, doing = at
@@ -113,7 +112,7 @@ class Watchdog:
         )
         if self.fail:
             self.fail(self.reason)
-        # The end of this rank would end the others before they write; rank 0, which tells, goes first.
+        # The end of this rank would end the others before they write; rank 0, which reports it, goes first.
         if self._ended.wait((3 if self.fail else 6) * LOOK_SECONDS):
             return
         if self.at is at:
@@ -176,7 +175,7 @@ def last_rank(places: Mapping[int, tuple[float, int, str]], world_size: int, now
     """Which rank came last, in words.
 
     Args:
-        places: of each rank that is known the time at which it told, its step, and what it did.
+        places: of each rank that is known the time at which it published that, its step, and what it did.
         now: the same clock's time.
     """
     if not places:
@@ -196,14 +195,3 @@ def last_rank(places: Mapping[int, tuple[float, int, str]], world_size: int, now
 def _store() -> dist.Store:
     """The key-value store by which the ranks met."""
     return dist.PrefixStore("dist_train/watchdog", dist.distributed_c10d._get_default_store())
-
-
-def _deadline(config: Config, started: float) -> tuple[float, str]:
-    """When to stop, as time.monotonic(), and why; 0 for no deadline."""
-    if config.stop_after:
-        return started + parse_seconds(config.stop_after), f"stop_after={config.stop_after}"
-    end = slurm.end_time(os.environ)
-    if not end:
-        return 0.0, ""
-    left = end - time.time()
-    return time.monotonic() + left - min(MARGIN_SECONDS, left / 5), "SLURM's time limit is near"

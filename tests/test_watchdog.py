@@ -336,11 +336,13 @@ def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
 ) -> None:
     (tmp_path / "slow.py").write_text(STARTS)
     words = ["data.name=slow:data", "train.steps=9", "device=cpu", "wandb.mode=disabled"]
+    if when == "while they import":  # which does not come to its end
+        (tmp_path / "accelerate.py").write_text(f"{STARTS}\ndata(True, '')\n")
     process = start(*torchrun("train", *words))
-    wait_for(lambda: len(children(process)) == 2, process)
-    if when == "while one waits for the other":
-        wait_for(lambda: list(tmp_path.glob("starts-*")), process)
+    ranks = 2 if when == "while they import" else 1
+    wait_for(lambda: len(list(tmp_path.glob("starts-*"))) == ranks, process)
     family = children(process)
+    assert len(family) == 2
     process.kill()
     _, alive = psutil.wait_procs(family, timeout=30)
     assert not alive
