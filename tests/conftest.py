@@ -59,9 +59,13 @@ __all__ = [
 Process = subprocess.Popen[str] | warm.Process
 
 
+# They take minutes, of one CPU or of waiting for Slurm: others run beside them.
+FIRST = ["test_accuracy.py", "test_training.py", "test_docs.py"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that take minutes come first: others run beside them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The longest files come first, the others in their order."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 # --- processes -----------------------------------------------------------------------------------
