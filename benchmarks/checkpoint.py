@@ -38,9 +38,10 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from overhead import processor  # noqa: E402
 
-from dist_train import checkpoint, data, load, runtime  # noqa: E402
+from dist_train import checkpoint, data, load, runtime, tasks  # noqa: E402
 from dist_train import state as states  # noqa: E402
 from dist_train.data.images import InMemory  # noqa: E402
+from dist_train.learner import Learner  # noqa: E402
 
 MODELS = {"ResNet-50": torchvision.models.resnet50, "ViT-L/16": torchvision.models.vit_l_16}
 STEPS = (100, 1_000_000)  # after which a run goes on
@@ -126,20 +127,21 @@ def resumes(folder: Path, rounds: int) -> Times:
     configs = {s: load([ROOT / "configs/quickstart.yaml"], [*words, f"run.name=step-{s}"]) for s in STEPS}
     ranks = runtime.start(config := configs[STEPS[0]])
     sets = data.build(config, source, InMemory(images[:64], source.labels[:64], source.classes))
-    state = states.build(config, ranks, sets)
-    state.model(torch.ones(1, *sets.train_shape)).sum().backward()
-    state.optimizer.step()  # makes the moments
+    learner = Learner(config, ranks, sets, tasks.build(config))
+    learner.model(torch.ones(1, *sets.train_shape)).sum().backward()
+    learner.optimizer.step()  # makes the moments
+    state = states.State(learner)
     for step, config in configs.items():
-        state.step = step
+        learner.step = step
         saver = checkpoint.Checkpoints(config.run_dir, 1, print)
-        saver.save(states.to_dict(config, state, sets, ranks))
+        saver.save(states.to_dict(config, state, sets))
         assert not saver.wait()
     times: Times = {f"step {step:,}": [] for step in STEPS}
     for number in range(rounds + 1):
         for step in STEPS[:: -1 if number % 2 else 1]:
             begin = time.perf_counter()
             path = states.choose(configs[step], sys.exit)
-            states.restore(configs[step], path, state, ranks)
+            states.restore(configs[step], path, state)
             batch = next(iter(sets.train_loader(configs[step], ranks, state.step, total)))
             seconds = time.perf_counter() - begin
             assert batch.part.step == step

@@ -40,9 +40,10 @@ from torch import nn
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dist_train import fit, load, train  # noqa: E402
-from dist_train import loop as looping  # noqa: E402
+from dist_train import fit, load  # noqa: E402
 from dist_train.data.fashion_mnist import fashion_mnist  # noqa: E402
+from dist_train.learner import Learner  # noqa: E402
+from dist_train.trainer import Trainer  # noqa: E402
 
 BATCH, LR = 64, 1e-3
 
@@ -57,19 +58,19 @@ def network() -> nn.Module:
 def ours() -> float:
     """Seconds of an epoch of ours, start-up and evaluation left out: timed around the loop itself."""
     took: list[float] = []
-    inner = train.loop
+    inner = Trainer.train
 
-    def timed(*arguments: object) -> str:
+    def timed(trainer: Trainer) -> str:
         begin = time.perf_counter()
-        reason = inner(*arguments)  # type: ignore[arg-type]
+        reason = inner(trainer)
         took.append(time.perf_counter() - begin)
         return reason
 
-    no_evaluation = mock.patch.object(looping, "evaluate", lambda *_: ({"eval/accuracy": 0.0}, []))
+    no_evaluation = mock.patch.object(Learner, "evaluate", lambda *_: ({"eval/accuracy": 0.0}, []))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         overrides = [f"run.dir={folder}", "wandb.mode=disabled", "device=cpu", "train.epochs=1"]
         config = load([ROOT / "configs/quickstart.yaml"], [*overrides, f"threads={torch.get_num_threads()}"])
-        with no_evaluation, mock.patch.object(train, "loop", timed):
+        with no_evaluation, mock.patch.object(Trainer, "train", timed):
             fit(config)
     return took[0]
 

@@ -26,7 +26,7 @@ from dist_train.files import Damaged, delete, point, write_atomically
 from dist_train.sharded import Wanted
 from dist_train.snapshot import is_finite, to_cpu, unreadable
 
-FORMAT = 1
+FORMAT = 2
 # What each file holds, and of which kinds.
 CONTENT: dict[str, tuple[type, ...]] = {
     "step": (int,),
@@ -37,7 +37,9 @@ CONTENT: dict[str, tuple[type, ...]] = {
     "scaler": (dict, type(None)),
     "best": (int, float, type(None)),
     "metrics": (dict,),
-    "losses": (list,),
+    "window": (dict,),
+    "parts": (int,),
+    "world_size": (int,),
     "classes": (list,),
     "sample_shape": (list,),
 }
@@ -49,7 +51,7 @@ SHORTEST_SECONDS, LONGEST_SECONDS = 10.0, 3600.0
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, each one file, on rank 0.
+    """The folder of a run's checkpoints, each one file: rank 0 writes, and on other ranks it does nothing.
 
     A save that fails, as on a full disk, ends nothing: it is told, and the next one tries again. Each file
     tells by `best_step` which one is the best; the links best.pt and last.pt are made from that.
@@ -58,14 +60,16 @@ class Checkpoints:
         run: the run's folder; they lie in its `checkpoints`.
         keep: how many of the newest to keep; the best is kept besides.
         say: hears of saves that failed.
+        is_on: whether this is rank 0.
     """
 
     suffix = ".pt"
 
-    def __init__(self, run: Path, keep: int, say: Callable[[str], None]) -> None:
-        self.folder, self.keep, self._say = run / "checkpoints", keep, say
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._clear()
+    def __init__(self, run: Path, keep: int, say: Callable[[str], None], is_on: bool = True) -> None:
+        self.folder, self.keep, self._say, self.is_on = run / "checkpoints", keep, say, is_on
+        if is_on:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clear()
         self.failure = ""  # why the last save failed, or empty
         self.is_broken = False  # whether the next one would fail like the last one
         self.best: float | None = None  # value of the metric in the best one
@@ -85,6 +89,8 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Copies `state` to memory, then writes it in a thread; waits first for the save before it."""
+        if not self.is_on:
+            return
         begin = time.monotonic()
         self.wait()
         path = self._free(state["step"])
@@ -178,7 +184,7 @@ class Checkpoints:
         Only whole ones count. A damaged one among them is left as it is.
         """
         kept: set[int] = set()
-        for path in newest_first(self.folder):
+        for path in newest_first(self.folder) if self.is_on else ():
             step = step_of(path)
             if len(kept) < self.keep and step not in kept:
                 if path.name not in self._whole:
@@ -341,6 +347,8 @@ def load(path: Path, verified: bool = False, wanted: Wanted | None = None) -> di
         raise UserError(
             f"{path}: written by a newer dist_train (format {state['format']}, this one knows {FORMAT})."
         )
+    if state["format"] == 1:
+        _bring_up(state)
     for key, kinds in CONTENT.items():
         if not isinstance(state.get(key), kinds):
             raise UserError(
@@ -362,6 +370,18 @@ def _read(path: Path) -> Any:
         ) from None
     except (RuntimeError, EOFError, LookupError, TypeError, ValueError, MemoryError) as error:
         raise Damaged(f"{path}: the checkpoint is damaged ({error}).") from None
+
+
+def _bring_up(state: dict[str, Any]) -> None:
+    """Makes of what a file of format 1 holds that of format 2; what isn't there is found missing later."""
+    if isinstance(losses := state.pop("losses", None), list):
+        state["window"] = {"loss": losses}
+    config = state.get("config")
+    train = config.get("train") if isinstance(config, dict) else None
+    accumulate = train.get("accumulate", 1) if isinstance(train, dict) else 1
+    state.setdefault("world_size", 1)
+    if isinstance(accumulate, int) and isinstance(state["world_size"], int):
+        state["parts"] = state["world_size"] * accumulate
 
 
 def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -> None:

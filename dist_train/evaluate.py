@@ -38,8 +38,6 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    for buffer in model.buffers() if ranks.world_size > 1 else ():
-        torch.distributed.broadcast(buffer, 0)  # BatchNorm's averages differ from rank to rank
     floats: dict[str, list[torch.Tensor]] = {}  # of each batch
     whole: dict[str, torch.Tensor] = {}  # whole numbers add up exactly in any order
     names: set[frozenset[str]] = set()
@@ -50,7 +48,7 @@ def evaluate(
             break
         batch = batch.to(ranks.device, channels_last)
         unread += batch.bad
-        if not len(batch.targets):  # none of it could be read
+        if not batch.rows:  # none of it could be read
             continue
         sums = task.sums(model, batch)
         names.add(frozenset(sums))
@@ -77,7 +75,7 @@ def evaluate(
             " ones each time."
         )
     total = {}
-    for name in next(iter(names)):
+    for name in dict.fromkeys(name for floats, whole, *_ in gathered for name in [*floats, *whole]):
         some = [columns[name] for columns, *_ in gathered if name in columns]  # a rank may have no batch
         numbers = [whole[name] for _, whole, *_ in gathered if name in whole]
         total[name] = _sum(torch.cat(some)) if some else torch.stack(numbers).sum(0)

@@ -12,54 +12,70 @@ import torch
 
 from dist_train.config import UserError
 from dist_train.runtime import Runtime
+from dist_train.tasks.base import wide
+from dist_train.tree import tree_sum
 
 
 class Window:
-    """The losses of the steps since the last row of metrics.
+    """What the steps since the last row of metrics gave.
 
-    They stay on the device until ranks `meet`, so that no step waits for a result.
+    It stays on the device until ranks `meet`, so that no step waits for a result.
 
     Args:
-        losses: global mean loss of each step, from a checkpoint in mid-window.
+        values: by name the global mean of each step, and as `weight` what its values weigh together; from a
+            checkpoint in mid-window.
     """
 
-    def __init__(self, runtime: Runtime, accumulate: int, losses: list[float]) -> None:
-        self.runtime, self.accumulate, self.losses = runtime, accumulate, list(losses)
-        self._pending: list[tuple[torch.Tensor, float]] = []
+    def __init__(self, ranks: Runtime, values: dict[str, list[float]]) -> None:
+        self.ranks = ranks
+        self.values = {name: list(column) for name, column in values.items()}
+        self._names: tuple[str, ...] = ("loss",)
+        self._pending: list[torch.Tensor] = []  # of each of this rank's parts: [K]
 
-    def add(self, losses: list[tuple[torch.Tensor, float]]) -> None:
-        """Adds the losses of a step's micro-batches: of the samples, and the weight of each of them."""
-        self._pending += losses
+    def add(self, names: tuple[str, ...], parts: list[torch.Tensor]) -> None:
+        """Adds a step: of each of this rank's parts the sum of weights, then that of each weighted value."""
+        self._names, self._per_step = names, len(parts)
+        self._pending += parts
 
     def meet(self, *flags: float) -> list[float]:
-        """Adds up the new losses, and with them `flags`, over all ranks; returns the sums of the flags."""
-        parts = [losses.sum() * weight for losses, weight in self._pending]
-        steps = torch.stack(parts).view(-1, self.accumulate).sum(1)
-        table = torch.cat([steps, steps.new_tensor(flags)])
-        sums: list[float] = self.runtime.sum(table).tolist()
-        self.losses += [loss / self.runtime.world_size for loss in sums[: len(steps)]]
+        """Adds up what is new, and with it `flags`, over all ranks; returns the sums of the flags."""
+        parts = wide(torch.stack(self._pending)).view(-1, self._per_step, 1 + len(self._names))
+        steps = tree_sum(parts.unbind(1))  # [steps, K]
+        table = torch.cat([steps.flatten(), steps.new_tensor(flags)])
+        sums: list[float] = self.ranks.sum(table).tolist()
+        for row in range(len(steps)):
+            weight, *values = sums[row * steps.shape[1] : (row + 1) * steps.shape[1]]
+            self.values.setdefault("weight", []).append(weight)
+            for name, value in zip(self._names, values, strict=True):
+                self.values.setdefault(name, []).append(value / weight if weight else math.nan)
         self._pending.clear()
-        return sums[len(steps) :]
+        return sums[steps.numel() :]
 
     def first_nonfinite(self) -> int | None:
         """How many steps before the last one the first loss of the window that is not finite lies."""
-        for position, loss in enumerate(self.losses):
+        losses = self.values.get("loss", [])
+        for position, loss in enumerate(losses):
             if not math.isfinite(loss):
-                return len(self.losses) - 1 - position
+                return len(losses) - 1 - position
         return None
 
-    def take(self) -> float:
-        """The mean loss per step, rounded once, of the steps that were not skipped; and a new window."""
-        finite = [loss for loss in self.losses if math.isfinite(loss)]
-        self.losses = []
-        return math.fsum(finite) / len(finite) if finite else math.nan
+    def take(self) -> dict[str, float]:
+        """The means per step, rounded once, of the steps that were not skipped; and a new window."""
+        row = {f"train/{name}": _mean(values) for name, values in self.values.items() if name != "weight"}
+        self.values = {}
+        return row
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 class Clock:
     """The time that steps take, evaluation and saving left out.
 
     Args:
-        account: where seconds are added, by name: `productive`, `waiting for data`, and those set `aside`.
+        account: where seconds are added, by name: `productive`, `waiting for data`, and those `excluded`.
     """
 
     def __init__(self, account: dict[str, float]) -> None:
@@ -67,7 +83,7 @@ class Clock:
         self.data_seconds = 0.0  # counted by the loop, since the last `settle`
         self.seconds_per_step = 0.0  # between the last two `settle`s; 0: not known yet
         self._unsettled = 0  # steps since the last one
-        self._aside = 0.0
+        self._excluded = 0.0
         self._settled = time.perf_counter()
         self._restart()
 
@@ -81,19 +97,19 @@ class Clock:
         self.samples += samples
 
     @contextmanager
-    def aside(self, name: str) -> Iterator[None]:
+    def excluded(self, name: str) -> Iterator[None]:
         """What happens inside is no training step."""
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
-        self._aside += seconds
+        self._excluded += seconds
         self.account[name] += seconds
 
     def settle(self) -> None:
         """Brings the account up to now."""
         now = time.perf_counter()
-        seconds, waiting = now - self._settled - self._aside, self.data_seconds
-        self._settled, self._aside, self.data_seconds = now, 0.0, 0.0
+        seconds, waiting = now - self._settled - self._excluded, self.data_seconds
+        self._settled, self._excluded, self.data_seconds = now, 0.0, 0.0
         self._seconds += seconds
         self._waiting += waiting
         self.account["productive"] += seconds - waiting
@@ -131,13 +147,13 @@ class Best:
 
     def check(self, names: Iterable[str]) -> None:
         """Raises UserError if the metric is not among what an evaluation gives."""
-        there = [f"eval/{name}" for name in names]
-        if self.sign and self.metric not in there:
+        known = [f"eval/{name}" for name in names]
+        if self.sign and self.metric not in known:
             raise UserError(
-                f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(there)}."
+                f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(known)}."
             )
 
-    def told(self, best: float | None) -> dict[str, float]:
+    def named(self, best: float | None) -> dict[str, float]:
         """The best value by the name of its metric; empty where there is none."""
         return {} if best is None or not self.sign else {self.metric: best}
 

@@ -7,7 +7,6 @@ N ranks did with M micro-batches each, one process does with N x M, by the same 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_train import checkpoint, data, models, optim, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, from_file, printable
-from dist_train.loop import steps
-from dist_train.meters import Clock
+from dist_train.learner import Learner
 from dist_train.progress import counted
 from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
-from dist_train.tracking import SECONDS, read_attempts, read_status
+from dist_train.state import State
+from dist_train.tracking import read_attempts, read_status
 
 COLUMNS = 8
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
@@ -109,7 +107,9 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
 
 def _is_attempt(line: Any) -> bool:
     kinds = {"step": int, "processes": int, "config": dict}
-    if not isinstance(line, dict) or not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(line, dict) or not isinstance(line.get("parts"), (int, type(None))):
+        return False
+    if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
         return False
     return line["processes"] > 0 and isinstance(line["config"].get("resume", ""), str)
 
@@ -128,32 +128,40 @@ def _steps(
     total = sets.total_steps(config)
     if not 1 <= stop <= total:
         raise UserError(f"{config.run_dir}: there is no step {stop:,}; the run has steps 1 to {total:,}.")
-    state, task = states.build(config, ranks, sets), tasks.build(config)
-    states.spread(config, state, ranks)
+    learner = Learner(config, ranks, sets, tasks.build(config))
+    state = State(learner)
     if saved:
-        states.fill(config, saved, state, ranks, str(config.run_dir))
+        states.fill(saved, state, str(config.run_dir))
     schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-    read: deque[data.Batch] = deque(maxlen=config.train.accumulate)  # of the step taken last
-    batches = _remembered(iter(sets.train_loader(config, ranks, state.step, stop)), read)
-    clock = Clock(dict.fromkeys(SECONDS, 0.0))
-    taken = steps(config, ranks, state, task, schedule, batches, stop, clock)
-    while state.step < stop - 1:
-        next(taken)
-    gradients = _watch_gradients(state.model)
-    done = next(taken)
-    per_rank = config.train.accumulate // world_size
+    batches = iter(sets.train_loader(config, ranks, learner.step, stop, learner.parts))
+    while learner.step < stop - 1:
+        learner.train_step(_parts(batches, learner), schedule(learner.step))
+    parts = list(_parts(batches, learner))
+    done = learner.train_step(parts, schedule(learner.step), with_norm=True)
+    names = [name for name, weight in learner.model.named_parameters() if weight.requires_grad]
+    norms = [float(torch.linalg.vector_norm(rows)) for rows in done.row_norms]
+    gradients = dict(zip(names, norms, strict=True))
+    per_rank = max(1, learner.parts // world_size)
     samples = [
         seen
-        for part, (batch, (losses, _)) in enumerate(zip(read, done.losses, strict=True))
-        for seen in _seen(sets, batch, losses.tolist(), rank=part // per_rank)
+        for batch, losses in zip(parts, done.losses, strict=True)
+        for seen in _seen(sets, batch, losses.tolist(), rank=batch.part.number // per_rank)
     ]
     mean = sum(seen.loss for seen in samples) / len(samples)
-    return Replayed("", samples, mean, gradients), states.to_dict(config, state, sets, ranks)
+    return Replayed("", samples, mean, gradients), states.to_dict(config, state, sets)
+
+
+def _parts(batches: Iterator[data.Batch], learner: Learner) -> Iterator[data.Batch]:
+    """The parts of the next step."""
+    for _ in range(learner.per_rank):
+        yield next(batches).to(learner.ranks.device, learner.config.channels_last)
 
 
 def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
     """The configuration of `attempt` for one process that cuts the global batch as its processes did."""
     config = from_file(attempt["config"], run, needed=REPLAYED, trust=trust)
+    # Older versions recorded what it follows from.
+    parts = attempt.get("parts") or attempt["processes"] * config.train.accumulate
     half = "bf16" if config.precision == "bf16" else "fp32"
     return replace(
         config,
@@ -161,29 +169,8 @@ def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
         device="cpu",
         precision=half,
         compile=False,
-        train=replace(config.train, accumulate=config.train.accumulate * attempt["processes"]),
+        train=replace(config.train, accumulate=1, parts=parts),
     )
-
-
-def _remembered(batches: Iterator[data.Batch], last: deque[data.Batch]) -> Iterator[data.Batch]:
-    """`batches`; those that came last are in `last`."""
-    for batch in batches:
-        last.append(batch)
-        yield batch
-
-
-def _watch_gradients(model: nn.Module) -> dict[str, float]:
-    """The norm of the gradient of each weight, filled in by the backward passes to come."""
-    norms: dict[str, float] = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            norms[name] = 0.0  # in the order of the model, not of the backward pass
-
-            def tell(weight: torch.Tensor, name: str = name) -> None:
-                norms[name] = float(weight.grad.norm())  # type: ignore[union-attr]
-
-            weight.register_post_accumulate_grad_hook(tell)
-    return norms
 
 
 def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) -> list[Seen]:
@@ -193,7 +180,7 @@ def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) ->
         label = str(target.tolist())
         if sets.classes and target.ndim == 0:
             label = sets.classes[int(target)]
-        path = sets.told(index).get("path", "")
+        path = sets.known(index).get("path", "")
         seen.append(Seen(rank, index, path, label, losses[place], batch.inputs[place]))
     return seen
 

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,14 +22,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.cluster import slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError
 from dist_train.progress import counted
-from dist_train.seeds import seed_device as seed_device
+from dist_train.tree import tree_sum
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,14 @@ class Runtime:
         dist.all_gather(parts, tensor)
         return tree_sum(parts)
 
-    def sum_gradients_in_order(self, model: nn.Module) -> None:
-        """Makes DDP add up gradients in one order, whatever the place of a gradient in its buckets.
-
-        Its own all-reduce begins at another rank from place to place, and the first step of an attempt
-        fills the buckets otherwise than later ones: so with three ranks and more, a run that went on
-        would round differently. With two there is one order only. On GPUs this is left to NCCL, which is
-        faster, unless `deterministic` asks for it.
-        """
-        fixed = self.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
-        if self.world_size > 2 and fixed:
-            assert isinstance(model, DistributedDataParallel)
-            # DDP refuses annotations that are texts, so it gets a function without any.
-            model.register_comm_hook(self.world_size, lambda size, bucket: mean_in_order(size, bucket))
+    def memory(self) -> dict[str, float]:
+        """The greatest memory so far, in GB: of the GPU that this process uses, else of the process."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+        return {"perf/memory_gb": round(peak / 1e9, 3)}
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` (any small picklable object) on every rank."""
@@ -207,32 +202,6 @@ def _agree(store: dist.Store, rank: int, world_size: int, seconds: float) -> str
     return mine
 
 
-def mean_in_order(world_size: int, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """A communication hook of DDP: the mean of a bucket over all ranks, each element by `tree_sum`.
-
-    Each rank adds up one shard of all ranks' buckets, then all gather the shards: no more traffic than
-    that of a ring.
-    """
-    flat = bucket.buffer()
-    padded = torch.cat([flat, flat.new_zeros(-len(flat) % world_size)])
-    shards = torch.empty_like(padded)
-    dist.all_to_all_single(shards, padded)
-    shard = tree_sum(shards.chunk(world_size)).div_(world_size)
-    dist.all_gather(list(padded.chunk(world_size)), shard)
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    future.set_result(padded[: len(flat)])
-    return future
-
-
-def tree_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of tensors of one shape, added up in pairs, then in pairs of pairs, in this order."""
-    while len(parts) > 1:
-        pairs = zip(parts[::2], parts[1::2], strict=False)
-        odd = parts[len(parts) // 2 * 2 :]
-        parts = [*(left + right for left, right in pairs), *odd]
-    return parts[0]
-
-
 def stop(accelerator: Accelerator) -> None:
     """Leaves the process group, if there is one, and forgets the device: another run may follow."""
     if dist.is_available() and dist.is_initialized():
@@ -282,24 +251,3 @@ def cpu_threads(wanted: int | None, local_world_size: int, env: dict[str, str] |
     if env.get("OMP_NUM_THREADS", "").isdigit() and not launcher_default:
         return max(1, int(env["OMP_NUM_THREADS"]))
     return max(1, allowed_cpus() // local_world_size)
-
-
-def micro_batch(global_batch: int, world_size: int, accumulate: int) -> int:
-    """Samples per rank and micro-batch. Raises UserError with the batch sizes that would divide."""
-    parts = world_size * accumulate
-    if global_batch % parts == 0:
-        return global_batch // parts
-    lower, upper = global_batch // parts * parts, (global_batch // parts + 1) * parts
-    near = f"{lower} or {upper}" if lower else str(upper)
-    divisors = [w for w in range(1, global_batch + 1) if global_batch % (w * accumulate) == 0]
-    noun = "process" if divisors == [1] else "processes"
-    worlds = f"; with {global_batch} it runs on {_listed(divisors)} {noun}" if divisors else ""
-    raise UserError(
-        f"train.batch_size: the global batch of {global_batch} can't be divided by"
-        f" {counted(world_size, 'process')} x {counted(accumulate, 'accumulation step')}; use {near}{worlds}."
-    )
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = numbers if len(numbers) <= 8 else [*numbers[:8], "..."]
-    return ", ".join(map(str, shown))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dist_train.config import Config, UserError
+from dist_train.parts import default_parts, part_size, parts_per_rank
 from dist_train.progress import counted
 
 
@@ -26,8 +27,6 @@ def command(
 
     Raises UserError for a configuration that so many processes can't train.
     """
-    from dist_train.runtime import micro_batch
-
     gpus = options.get("gpus-per-node")
     tasks = options.get("ntasks-per-node") or gpus or 1
     if gpus and tasks != gpus:
@@ -35,7 +34,10 @@ def command(
             f"--tasks-per-node: {counted(int(tasks), 'process')} for {counted(int(gpus), 'GPU')};"
             " a process needs one of its own."
         )
-    micro_batch(config.train.batch_size, int(options["nodes"] or 1) * int(tasks), config.train.accumulate)
+    train, world_size = config.train, int(options["nodes"] or 1) * int(tasks)
+    parts = default_parts(train.parts, world_size, train.accumulate)
+    part_size(train.batch_size, parts, world_size, train.accumulate)
+    parts_per_rank(parts, world_size)
     given = {"job-name": config.run.name, **options, "ntasks-per-node": tasks}
     words = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return ["sbatch", *words, *further, str(script()), *arguments]

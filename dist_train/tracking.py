@@ -15,9 +15,10 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
@@ -30,50 +31,61 @@ from dist_train.record.wandb import Mirror
 
 SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")
 UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
-TOLD_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
+LONG_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
 STATUS_SECONDS = 1  # how old status.json may be: replacing a file can wait for the disk
 
 
-class Tracker:
-    """Rank 0's record of one attempt. `progress` shows what is recorded.
+class Begin(NamedTuple):
+    """How an attempt begins."""
+
+    step: int  # of the checkpoint it goes on from, or 0
+    total: int  # optimizer steps of the whole run
+    processes: int  # the world size
+    parts: int  # of each step
+
+
+class Record:
+    """The record of one attempt: rank 0 writes and shows it, and on all other ranks it does nothing.
 
     A full disk or a lost folder doesn't reach the training: lines wait in memory until they can be written.
 
     Args:
         started: time.monotonic() at the beginning of this attempt.
-        resumed: the step of the checkpoint it goes on from, or 0.
-        processes: the world size.
+        is_on: whether this is rank 0.
+        on_row: called with each row; False asks to stop.
     """
 
     def __init__(
         self,
         config: Config,
-        progress: Progress,
-        total_steps: int,
+        begin: Begin,
         started: float,
-        resumed: int,
-        processes: int,
+        is_on: bool = True,
+        on_row: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        self.folder, self.progress, self.total_steps = config.run_dir, progress, total_steps
-        self.started, self.processes = started, processes
-        before = read_status(self.folder)
+        self.folder, self.is_on, self.on_row = config.run_dir, is_on, on_row
+        self.started, self.total_steps, self.processes = started, begin.total, begin.processes
+        before = read_status(self.folder) if self.is_on else {}
         self.attempt = int(before.get("attempts", 0)) + 1
-        self.account = Account.after(before, resumed)
-        self.step, self.skipped, self.trouble = resumed, 0, ""
+        self.account = Account.after(before, begin.step)
+        self.step, self.skipped, self.trouble = begin.step, 0, ""
         self._speed: float | None = None
+        self._evaluated: dict[str, float] = before.get("metrics") or {}
+        self.best: dict[str, float] = before.get("best") or {}
+        self._mirror: Mirror | None = None
+        self._status_at = -math.inf
+        if not self.is_on:
+            return
+        self.progress = Progress(begin.total, begin.step)
         self._metrics = Lines(self.folder / "metrics.jsonl")
         self._log = Lines(self.folder / "log.txt")
         self._bad = Lines(self.folder / "bad_samples.jsonl")
         self._known_bad = {line["sample"] for line in read_lines(self._bad.path)}
         attempts = Lines(self.folder / "attempts.jsonl")
-        told = {"attempt": self.attempt, "step": resumed, "processes": processes}
-        attempts.add(json.dumps(told | {"config": to_mapping(config)}))
+        line = {"attempt": self.attempt, "step": begin.step, "processes": begin.processes}
+        attempts.add(json.dumps(line | {"parts": begin.parts, "config": to_mapping(config)}))
         attempts.close()
-        self._evaluated: dict[str, float] = before.get("metrics") or {}
-        self.best: dict[str, float] = before.get("best") or {}
-        self._mirror: Mirror | None = None
-        self._status_at = -math.inf
-        self.status("running", resumed)
+        self.status("running", begin.step)
 
     @property
     def seconds(self) -> float:
@@ -85,37 +97,56 @@ class Tracker:
         """Mean seconds between interruptions of this run; several hours where there was none."""
         return self.seconds / (self.attempt - 1) if self.attempt > 1 else max(self.seconds, UNDISTURBED)
 
-    def log(self, step: int, epoch: int, values: dict[str, Any]) -> None:
-        """Records a row of metrics after `step` optimizer steps."""
-        row = {
+    def row(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> bool:
+        """Records a row of metrics after `step` optimizer steps; False if its reader asks to stop.
+
+        Args:
+            kind: `train` or `eval`.
+        """
+        if not self.is_on:
+            return True
+        row: dict[str, Any] = {
+            "kind": kind,
             "step": step,
             "epoch": epoch,
             "time": round(self.seconds, 3),
             "attempt": self.attempt,
         }
-        row |= values
-        self._metrics.add(json.dumps({k: _finite(v) for k, v in row.items()}))
-        self._evaluated = {
-            k: _finite(v) for k, v in values.items() if k.startswith("eval/")
-        } or self._evaluated
+        row |= {name: _finite(value) for name, value in values.items()}
+        self._metrics.add(json.dumps(row))
+        if kind == "eval":
+            self._evaluated = {name: _finite(value) for name, value in values.items()}
         self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
         if self._mirror:
             self._mirror.rows.put(row)
+        return self.on_row is None or self.on_row(dict(row)) is not False
+
+    def move(self, step: int) -> None:
+        """Moves the progress bar to a step."""
+        if self.is_on:
+            self.progress.move(step)
+
+    def running(self, step: int, skipped: int, best: dict[str, float]) -> None:
+        """Brings status.json up to a step of the loop."""
+        self.skipped, self.best = skipped, best
+        self.status("running", step)
 
     def mirror(self, config: Config) -> None:
         """Gives Weights & Biases every row to come, unless the configuration says otherwise."""
-        if config.wandb.mode != "disabled":
+        if self.is_on and config.wandb.mode != "disabled":
             self._mirror = Mirror(config, self.say)
 
     def flush(self) -> None:
         """Writes rows that had no room until now: ahead of a checkpoint, which takes them for written."""
-        self._metrics.flush()
+        if self.is_on:
+            self._metrics.flush()
 
     def say(self, text: str) -> None:
         """Shows a line and keeps it in log.txt."""
-        self.progress.say(text)
-        self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        if self.is_on:
+            self.progress.say(text)
+            self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def warn(self, text: str) -> None:
         """Says a line that status.json keeps, too, until there is a newer one."""
@@ -124,7 +155,7 @@ class Tracker:
 
     def bad_samples(self, samples: list[tuple[str, str]]) -> None:
         """Lists samples that could not be read, as (sample, reason), each once."""
-        for sample, reason in samples:
+        for sample, reason in samples if self.is_on else ():
             if sample not in self._known_bad:
                 self._known_bad.add(sample)
                 self._bad.add(json.dumps({"sample": sample, "reason": reason}))
@@ -133,7 +164,7 @@ class Tracker:
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: running, completed, interrupted or failed, and why."""
         now = time.monotonic()
-        if state == "running" and now - self._status_at < STATUS_SECONDS:
+        if not self.is_on or (state == "running" and now - self._status_at < STATUS_SECONDS):
             return
         self._status_at, self.step = now, step
         status = {
@@ -174,11 +205,14 @@ class Tracker:
         self.status("failed", self.step, reason)
         self.say(reason)
 
-    def close(self, state: str, step: int, reason: str = "") -> None:
+    def close(self, state: str, step: int, skipped: int, reason: str = "") -> None:
         """Ends the attempt's record."""
+        if not self.is_on:
+            return
+        self.skipped = skipped
         self.status(state, step, reason)
-        if self.attempt > 1 or (self.seconds >= TOLD_SECONDS and self.account.goodput(self.seconds) < 0.9):
-            self.say(self.account.told(self.seconds, self.attempt))
+        if self.attempt > 1 or (self.seconds >= LONG_SECONDS and self.account.goodput(self.seconds) < 0.9):
+            self.say(self.account.in_words(self.seconds, self.attempt))
         self.progress.close()
         if self._mirror:
             seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
@@ -219,7 +253,7 @@ class Account:
         """The share of `total` seconds that was productive."""
         return self.seconds["productive"] / max(total, 1e-9)
 
-    def told(self, total: float, attempts: int) -> str:
+    def in_words(self, total: float, attempts: int) -> str:
         """The account as a line of text."""
         parts = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.5)
         lost = f", {counted(self.lost_steps, 'step')} done again" if self.lost_steps else ""

@@ -25,8 +25,15 @@ def names(folder: Path) -> list[str]:
 
 def state(step: int, best: int | None = None, size: int = 4) -> dict[str, Any]:
     weights = {"weight": torch.full((size,), float(step))}
-    rest = {"config": {}, "average": None, "optimizer": {}, "scaler": None, "metrics": {}, "losses": []}
-    numbers = {"format": checkpoint.FORMAT, "step": step, "best": best, "best_step": best}
+    rest = {"config": {}, "average": None, "optimizer": {}, "scaler": None, "metrics": {}, "window": {}}
+    numbers = {
+        "format": checkpoint.FORMAT,
+        "step": step,
+        "best": best,
+        "best_step": best,
+        "parts": 1,
+        "world_size": 1,
+    }
     return numbers | rest | {"model": weights, "classes": [], "sample_shape": [1]}
 
 

@@ -24,7 +24,7 @@ from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import fashion_mnist as fashion
 from dist_train.data import loader
 from dist_train.data.images import image_paths, read_image
-from dist_train.data.order import DistributedSampler, EvalSampler
+from dist_train.data.order import DistributedSampler, EvalSampler, Order
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform
 from dist_train.runtime import Runtime
@@ -730,17 +730,14 @@ def test_every_sample_is_read_once_per_epoch_and_any_world_size_reads_the_same_b
     drop_last: bool, shuffle: bool
 ) -> None:
     for length, batch, accumulate in product(LENGTHS, BATCHES, ACCUMULATE):
-        whole = DistributedSampler(length, batch, shuffle=shuffle, drop_last=drop_last, seed=3)
+        whole = Order(length, batch, seed=3, shuffle=shuffle, drop_last=drop_last)
         per_epoch = whole.steps_per_epoch
         assert per_epoch == (length // batch if drop_last else -(-length // batch))
         for world in WORLDS:
             samplers = [
-                DistributedSampler(
-                    length, batch, shuffle=shuffle, drop_last=drop_last, seed=3, rank=number,
-                    world_size=world, accumulate=accumulate, stop=2 * per_epoch,
-                )
+                DistributedSampler(whole, range(2 * per_epoch), world * accumulate, number, world)
                 for number in range(world)
-            ]  # fmt: skip
+            ]
             parts = [list(sampler) for sampler in samplers]
             assert (
                 [len(p) for p in parts] == [len(s) for s in samplers] == [2 * per_epoch * accumulate] * world
@@ -760,24 +757,24 @@ def test_every_sample_is_read_once_per_epoch_and_any_world_size_reads_the_same_b
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return DistributedSampler(50, 10, seed=seed).order(epoch).tolist()
+        return Order(50, 10, seed=seed).positions(epoch).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert sorted(order(0, 0)) == list(range(50))
     different = [order(0, 0), order(0, 1), order(1, 0), list(range(50))]
     assert all(one != other for i, one in enumerate(different) for other in different[:i])
     # Written down, so that a run of an earlier version goes on with the same order.
-    assert DistributedSampler(8, 8, seed=0).order(0).tolist() == [3, 2, 5, 7, 1, 0, 4, 6]
+    assert Order(8, 8, seed=0).positions(0).tolist() == [3, 2, 5, 7, 1, 0, 4, 6]
 
 
 def test_a_run_goes_on_in_mid_epoch_with_the_batches_that_are_left() -> None:
-    whole = list(DistributedSampler(61, 12, accumulate=2, stop=14))
-    rest = list(DistributedSampler(61, 12, accumulate=2, start=8, stop=14))
+    whole = list(DistributedSampler(Order(61, 12), range(14), parts=2))
+    rest = list(DistributedSampler(Order(61, 12), range(8, 14), parts=2))
     assert [part.indices.tolist() for part in rest] == [part.indices.tolist() for part in whole[16:]]
 
 
 def test_a_rank_that_a_short_batch_leaves_nothing_still_has_a_sample_of_no_weight() -> None:
-    parts = [next(iter(DistributedSampler(1, 4, rank=number, world_size=2))) for number in range(2)]
+    parts = Order(1, 4).parts(0, 2)
     assert [(part.size, len(part.indices), part.total) for part in parts] == [(1, 1, 1), (0, 1, 1)]
 
 
@@ -819,7 +816,7 @@ def test_a_batch_fetched_at_once_is_the_same_as_sample_by_sample(npz: Path) -> N
     source = {"name": "arrays", "root": str(npz), "mean": [0.3], "std": [0.2], "target_transform": "one_hot"}
     source |= {"eval_transform": [{"Resize": {"size": [6, 6]}}], "eval_fraction": 0.2}
     samples = data.build(config(data=source)).train
-    parts = list(DistributedSampler(len(samples), 8))[:3]
+    parts = list(DistributedSampler(Order(len(samples), 8), range(3)))
     for part, batch in zip(parts, samples.batches(parts), strict=True):
         assert batch.part is part and len(batch.inputs) == len(batch.targets) == 8
         for row, index in enumerate(part.indices.tolist()):

@@ -8,7 +8,7 @@ import pytest
 
 from dist_train.cluster.slurm import check_ranks, first_host, ranks, tasks_on_node
 from dist_train.config import UserError
-from dist_train.runtime import micro_batch
+from dist_train.parts import part_size
 
 STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1",
@@ -70,4 +70,4 @@ def test_a_batch_that_cannot_be_divided_is_told_in_plain_english(
     batch: int, world_size: int, accumulate: int, told: str
 ) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
-        micro_batch(batch, world_size, accumulate)
+        part_size(batch, world_size * accumulate, world_size, accumulate)

@@ -33,10 +33,10 @@ def poisoned(tmp_path: Path) -> None:
 
 def steps_with_the_sample(steps: int) -> list[int]:
     """The steps, counted from 1, that read the poisoned sample."""
-    from dist_train.data.order import DistributedSampler
+    from dist_train.data.order import Order
 
-    sampler = DistributedSampler(90, 16, stop=steps)
-    return [step + 1 for step in range(steps) if POISONED in sampler.global_batch(step)]
+    order = Order(90, 16)
+    return [step + 1 for step in range(steps) if POISONED in order.global_batch(step)]
 
 
 def test_the_run_stops_and_tells_the_samples_of_each_rank_and_how_to_replay(

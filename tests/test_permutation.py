@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dist_train.data import order
-from dist_train.data.order import DistributedSampler
+from dist_train.data.order import DistributedSampler, Order
 from dist_train.data.permutation import permuted
 from tests.processes import environment
 
@@ -62,20 +62,19 @@ def test_the_order_is_the_same_in_any_process_and_version() -> None:
 
 
 def test_the_cipher_takes_over_at_a_length_that_never_changes() -> None:
-    assert DistributedSampler(2**24, 8).order(0, 0, 4).tolist() == [11380388, 269959, 6205063, 6726979]
+    assert Order(2**24, 8).positions(0, 0, 4).tolist() == [11380388, 269959, 6205063, 6726979]
 
 
 def test_ranks_share_every_epoch_of_a_long_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "LONG", 1)
     length, batch, per_epoch = 61, 12, 6
-    whole = DistributedSampler(length, batch, seed=3)
-    epochs = [whole.order(epoch) for epoch in range(2)]
+    whole = Order(length, batch, seed=3)
+    epochs = [whole.positions(epoch) for epoch in range(2)]
     assert not np.array_equal(*epochs)
     assert all(sorted(epoch.tolist()) == list(range(length)) for epoch in epochs)
     for world in (1, 2, 3):
         ranks = [
-            list(DistributedSampler(length, batch, seed=3, rank=rank, world_size=world, stop=2 * per_epoch))
-            for rank in range(world)
+            list(DistributedSampler(whole, range(2 * per_epoch), world, rank, world)) for rank in range(world)
         ]
         read = [part.indices[: part.size] for parts in zip(*ranks, strict=True) for part in parts]
         assert np.array_equal(np.concatenate(read), np.concatenate(epochs))
@@ -84,11 +83,11 @@ def test_ranks_share_every_epoch_of_a_long_order(monkeypatch: pytest.MonkeyPatch
 def test_a_run_of_a_thousand_million_samples_goes_on_anywhere_at_once() -> None:
     batch, step = 4096, 1_234_567
     tracemalloc.start()
-    part = next(iter(DistributedSampler(MANY, batch, seed=3, start=step, stop=10**9)))
+    part = next(iter(DistributedSampler(Order(MANY, batch, seed=3), range(step, 10**9))))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     epoch, number = divmod(step, -(-MANY // batch))
     assert part.epoch == epoch == 5 and number > 0
-    assert np.array_equal(part.indices, DistributedSampler(MANY, batch, seed=3).global_batch(step))
+    assert np.array_equal(part.indices, Order(MANY, batch, seed=3).global_batch(step))
     assert len(set(part.indices.tolist())) == batch
     assert peak < 2**20

@@ -51,7 +51,9 @@ def whole_state(step: int, best: int | None = None) -> dict[str, Any]:
         "average": None,
         "optimizer": {"state": moments, "param_groups": groups},
         "metrics": {"eval/loss": 0.1 + 0.2},
-        "losses": [float("inf"), -0.0, 1e-300],
+        "window": {"loss": [float("inf"), -0.0, 1e-300]},
+        "parts": 4,
+        "world_size": 2,
         "classes": ["a"],
         "sample_shape": [1],
     }  # fmt: skip
@@ -440,10 +442,10 @@ def test_a_step_that_is_saved_again_as_another_kind_takes_the_place_of_the_first
         assert path.suffix == ".sharded" and checkpoint.step_of(path) == 12
         assert checkpoint.is_linked(tmp_path / FOLDER, 12, None)
     single = checkpoint.Checkpoints(run, keep=2, say=print)
-    single.save(whole_state(12) | {"losses": [7.0]})
+    single.save(whole_state(12) | {"window": {"loss": [7.0]}})
     single.wait()
     (path,) = checkpoint.newest_first(tmp_path / FOLDER)
-    assert path.suffix == ".pt" and checkpoint.load(path)["losses"] == [7.0]
+    assert path.suffix == ".pt" and checkpoint.load(path)["window"] == {"loss": [7.0]}
     assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["last.pt", path.name]
 
 

@@ -130,7 +130,25 @@ class TrainConfig:
         None, "Length in optimizer steps; give this or train.epochs.", least=1, may_change=True
     )
     accumulate: int = option(
-        1, "Micro-batches per optimizer step on each rank.", least=1, most_from_file=2**16, may_change=True
+        1,
+        "Parts of a step that each rank of a new run computes, one after the other.",
+        least=1,
+        most_from_file=2**16,
+        may_change=True,
+    )
+    parts: int | None = option(
+        None,
+        "Parts that each global batch is cut into: all numbers of processes that can share them evenly give "
+        "the same bits. null: as many as the run began with, processes x train.accumulate.",
+        least=1,
+        most_from_file=2**16,
+        may_change=True,
+    )
+    same_bits: bool = option(
+        True,
+        "Add up gradients in one order, whatever the number of processes; false: as DDP does, with other "
+        "bits on each number of processes.",
+        may_change=True,
     )
     clip_norm: float = option(0.0, "Largest norm of the gradient; 0: no clipping.", least=0)
     ema: float = option(

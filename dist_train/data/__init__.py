@@ -22,12 +22,13 @@ from torch.utils.data import IterableDataset, Subset
 from dist_train.config import Config, UserError
 from dist_train.data.batch import Batch, tensors
 from dist_train.data.loader import Loader, make_loader, recorded
-from dist_train.data.order import DistributedSampler, EvalSampler, Part, steps_per_epoch
+from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
 from dist_train.data.samples import Samples
 from dist_train.data.source import Source, View
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
-from dist_train.runtime import Runtime, micro_batch
+from dist_train.parts import default_parts, part_size
+from dist_train.runtime import Runtime
 from dist_train.seeds import generator, key
 
 __all__ = ["Batch", "Data", "ImageTransform", "Source", "build", "eval_transform", "first_batch", "recorded"]
@@ -52,40 +53,43 @@ class Data:
         """Optimizer steps of the whole run."""
         return config.train.steps or (config.train.epochs or 0) * self.steps_per_epoch(config)
 
-    def told(self, index: int) -> dict[str, Any]:
+    def known(self, index: int) -> dict[str, Any]:
         """What a training sample is known by: its number, and the path of its file if it has one."""
         name = self.train.name(index)
         return {"sample": index} | ({} if name.startswith("sample ") else {"path": name})
 
-    def train_loader(self, config: Config, runtime: Runtime, start: int, stop: int) -> Loader:
-        """This rank's micro-batches of the optimizer steps from `start` to `stop`."""
-        sampler = self.sampler(config, runtime.rank, runtime.world_size, start, stop)
-        size = micro_batch(config.train.batch_size, runtime.world_size, config.train.accumulate)
-        return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
-
-    def sampler(
-        self, config: Config, rank: int, world_size: int, start: int, stop: int
-    ) -> DistributedSampler:
-        """The order of the training samples, for any rank of any world size."""
-        return DistributedSampler(
-            len(self.train),
-            config.train.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            drop_last=config.data.drop_last,
-            rank=rank,
-            world_size=world_size,
-            accumulate=config.train.accumulate,
-            start=start,
-            stop=stop,
+    def order(self, config: Config) -> Order:
+        """Which samples each step reads."""
+        options = config.data
+        return Order(
+            len(self.train), config.train.batch_size, config.seed, options.shuffle, options.drop_last
         )
 
-    def eval_loader(self, config: Config, runtime: Runtime) -> Loader:
+    def train_loader(
+        self, config: Config, runtime: Runtime, start: int, stop: int, parts: int | None = None
+    ) -> Loader:
+        """This rank's parts of the optimizer steps from `start` to `stop`.
+
+        Args:
+            parts: into which each global batch is cut; by default as a new run cuts it.
+        """
+        parts, size = _parts(config, runtime, parts)
+        order = self.order(config)
+        sampler = DistributedSampler(order, range(start, stop), parts, runtime.rank, runtime.world_size)
+        return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
+
+    def eval_loader(self, config: Config, runtime: Runtime, parts: int | None = None) -> Loader:
         """This rank's share of the eval set, each sample once."""
-        per_rank = micro_batch(config.train.batch_size, runtime.world_size, config.train.accumulate)
-        size = config.eval.batch_size or max(4 * per_rank, 1)
+        size = config.eval.batch_size or 4 * _parts(config, runtime, parts)[1]
         sampler = EvalSampler(len(self.eval), size, runtime.rank, runtime.world_size)
         return make_loader(self.eval, sampler, config, runtime, _bytes(size, self.sample_shape))
+
+
+def _parts(config: Config, runtime: Runtime, parts: int | None) -> tuple[int, int]:
+    """How many parts a step has, and how many samples a part."""
+    train = config.train
+    parts = parts or default_parts(train.parts, runtime.world_size, train.accumulate)
+    return parts, part_size(train.batch_size, parts, runtime.world_size, train.accumulate)
 
 
 def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data:

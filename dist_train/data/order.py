@@ -21,20 +21,18 @@ LONG = 2**24
 
 
 class Part(NamedTuple):
-    """One rank's micro-batch of a step."""
+    """A share of a global batch, which one rank computes at a time."""
 
     step: int  # optimizer step, from 0
     epoch: int
     indices: np.ndarray  # [B] positions in the data set
-    size: int  # how many of `indices` count: B, or 0 where a short batch left this rank nothing
+    size: int  # how many of `indices` count: B, or 0 where a short batch left this part nothing
     total: int  # samples in the whole global batch
+    number: int = 0  # of this part among all of the step
 
 
-class DistributedSampler:
-    """The micro-batches of one rank for the steps from `start` to `stop`, for DataLoader's `batch_sampler`.
-
-    A global batch is cut into world size x accumulate contiguous parts, rank by rank. A last, short one is
-    cut as evenly as it goes; its samples weigh what they should because the loss is divided by `total`.
+class Order:
+    """Which samples are in each global batch: a function of the seed, the same for any number of processes.
 
     Args:
         length: samples in the data set.
@@ -42,42 +40,16 @@ class DistributedSampler:
         seed: with the epoch it determines the order.
         shuffle: a new order in each epoch, or always 0, 1, 2, ...
         drop_last: leave out a last, short global batch.
-        rank, world_size: this process among all.
-        accumulate: micro-batches per step on each rank.
-        start, stop: optimizer steps, counted over all epochs.
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        start: int = 0,
-        stop: int | None = None,
+        self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False
     ) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.steps_per_epoch = steps_per_epoch(length, batch_size, drop_last)
-        self.start = start
-        self.stop = self.steps_per_epoch if stop is None else stop
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch, self._positions = -1, np.empty(0, np.int64)
 
-    def __len__(self) -> int:
-        return (self.stop - self.start) * self.accumulate
-
-    def __iter__(self) -> Iterator[Part]:
-        first = self.rank * self.accumulate
-        for step in range(self.start, self.stop):
-            for part in range(first, first + self.accumulate):
-                yield self.part(step, part)
-
-    def order(self, epoch: int, first: int = 0, last: int | None = None) -> np.ndarray:
+    def positions(self, epoch: int, first: int = 0, last: int | None = None) -> np.ndarray:
         """The positions `[last - first]` at the places `first` to `last` (the end) of an epoch's order."""
         last = self.length if last is None else min(last, self.length)
         if not self.shuffle:
@@ -86,43 +58,72 @@ class DistributedSampler:
         if self.length >= LONG:
             return permuted(self.length, seed, first, last)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, torch.randperm(self.length, generator=generator(seed)).numpy()
-        return self._order[first:last]
+            self._epoch, self._positions = (
+                epoch,
+                torch.randperm(self.length, generator=generator(seed)).numpy(),
+            )
+        return self._positions[first:last]
 
     def global_batch(self, step: int) -> np.ndarray:
-        """The positions `[G]` of all samples of a step, the same for any number of processes."""
+        """The positions `[G]` of all samples of a step."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        return self.order(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
+        return self.positions(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
 
-    def part(self, step: int, part: int) -> Part:
-        """Part number `part` (rank x accumulate + micro-batch) of a step's global batch."""
+    def parts(self, step: int, count: int) -> list[Part]:
+        """The `count` contiguous parts of a global batch; a last, short one is cut as evenly as it goes."""
         batch = self.global_batch(step)
-        parts = self.world_size * self.accumulate
-        if len(batch) == self.batch_size:
-            indices = batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
-        else:
-            indices = np.array_split(batch, parts)[part]
-        size = len(indices)
-        # A rank that got nothing still takes part in the backward pass: with one sample of weight 0.
-        filled = indices if size else batch[:1]
-        return Part(step, step // self.steps_per_epoch, filled, size, len(batch))
+        epoch = step // self.steps_per_epoch
+        cut = []
+        for number, indices in enumerate(np.array_split(batch, count)):
+            size = len(indices)
+            # A rank that got nothing still takes part in the backward pass: with one sample of weight 0.
+            filled = indices if size else batch[:1]
+            cut.append(Part(step, epoch, filled, size, len(batch), number))
+        return cut
+
+
+class DistributedSampler:
+    """The parts that one rank computes in some steps, for DataLoader's `batch_sampler`.
+
+    Args:
+        order: of the samples.
+        steps: optimizer steps, counted over all epochs.
+        parts: into which each global batch is cut; rank r of W computes the r-th P / W of them.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self, order: Order, steps: range, parts: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.order, self.steps, self.parts = order, steps, parts
+        self.mine = slice(rank * parts // world_size, (rank + 1) * parts // world_size)
+
+    def __len__(self) -> int:
+        return len(self.steps) * (self.mine.stop - self.mine.start)
+
+    def __iter__(self) -> Iterator[Part]:
+        for step in self.steps:
+            yield from self.order.parts(step, self.parts)[self.mine]
 
 
 class EvalSampler:
-    """Each sample once: rank r of W reads a contiguous share of 0..length, in batches; nothing is padded."""
+    """Each sample once, in batches that are the same for any world size: rank r of W reads the r-th share of
+    them; nothing is padded.
+    """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.first = length * rank // world_size
-        self.last = length * (rank + 1) // world_size
-        self.batch_size = batch_size
+        batches = -(-length // batch_size)
+        self.length, self.batch_size = length, batch_size
+        self.mine = range(batches * rank // world_size, batches * (rank + 1) // world_size)
 
     def __len__(self) -> int:
-        return -(-(self.last - self.first) // self.batch_size)
+        return len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
-        for start in range(self.first, self.last, self.batch_size):
-            indices = np.arange(start, min(start + self.batch_size, self.last))
-            yield Part(0, 0, indices, len(indices), len(indices))
+        for number in self.mine:
+            first = number * self.batch_size
+            indices = np.arange(first, min(first + self.batch_size, self.length))
+            yield Part(0, 0, indices, len(indices), len(indices), number)
 
 
 def steps_per_epoch(length: int, batch_size: int, drop_last: bool) -> int:

@@ -22,7 +22,7 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
     sets = data.build(config)
     if (transform := sets.train.transform) is None:
         raise UserError(f"data: the inputs of '{config.data.name}' are no images, so they can't be drawn.")
-    indices = sets.sampler(config, 0, 1, 0, 1).order(0)[:count].tolist()
+    indices = sets.order(config).positions(0)[:count].tolist()
     plain = ImageTransform()
     rows: list[list[Cell]] = []
     for first in range(0, len(indices), COLUMNS):

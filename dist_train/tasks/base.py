@@ -17,17 +17,23 @@ from dist_train.config.errors import UserError
 from dist_train.data import Batch
 from dist_train.progress import counted
 
+Losses = (
+    tuple[torch.Tensor, torch.Tensor | None]
+    | tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]
+)
+
 
 class Task(Protocol):
     """What training and evaluation ask of a task."""
 
     best: str  # which metric tells the best checkpoint, as "max eval/accuracy"
 
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """The values of the loss `[B, ...]`, and what each of them weighs, of the same shape.
 
         The loss of a step is sum(values x weights) / sum(weights) over the global batch. Without weights
-        there must be one value for each sample, `[B]`, and each weighs 1.
+        there must be one value for each sample, `[B]`, and each weighs 1. Further values by name, of the
+        same shape, may follow: their means are recorded as `train/<name>`.
         """
         ...
 
@@ -56,7 +62,7 @@ class SampleTask:
         """Further values of each sample, `[B]` each, whose means are reported by these names."""
         return {}
 
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def losses(self, model: nn.Module, batch: Batch) -> Losses:
         """The loss of each sample, `[B]`. Raises UserError if `loss` gives anything else."""
         return each_loss(self, model(batch.inputs), batch.targets, batch.rows), None
 

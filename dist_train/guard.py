@@ -1,0 +1,97 @@
+"""Guard: what looks after one attempt, from the first line of `fit` to its last.
+
+Signals, the lock of the run's folder, a deadline, and a watchdog for hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from dist_train.config import Config, UserError
+from dist_train.interrupt import Interrupt
+from dist_train.lock import Lock
+from dist_train.runtime import Runtime
+from dist_train.watchdog import Watchdog
+
+
+class Guard:
+    """While it is entered, signals ask to stop; `lock` and `watch` add the rest as soon as they can be had.
+
+    Args:
+        started: time.monotonic() at the beginning of this attempt.
+    """
+
+    def __init__(self, config: Config, started: float) -> None:
+        self.config, self.started = config, started
+        self._interrupt = Interrupt()
+        self._lock: Lock | None = None
+        self._watchdog: Watchdog | None = None
+        self.request = self._interrupt.request
+
+    def __enter__(self) -> Guard:
+        self._interrupt.__enter__()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._interrupt.__exit__(kind, error, trace)
+
+    @property
+    def asked(self) -> bool:
+        """Whether somebody has asked this rank to stop."""
+        return self._interrupt.is_set()
+
+    @property
+    def hang(self) -> str:
+        """Why the watchdog has given this rank up, or nothing."""
+        return self._watchdog.reason if self._watchdog else ""
+
+    def why_stopped(self, ranks: Runtime) -> str:
+        """The reason of the first rank that was asked to stop; all ranks ask together."""
+        return next(filter(None, ranks.gather(self._interrupt.reason)), "")
+
+    def check(self, ranks: Runtime, say: Callable[[str], None]) -> None:
+        """Waits, on rank 0, until nobody else trains this run. Raises UserError if somebody does."""
+        if ranks.is_main:
+            self._lock = Lock(self.config.run_dir)
+            self._lock.check(say)
+
+    def clear(self) -> None:
+        """Removes a lock that a dead attempt has left."""
+        if self._lock:
+            self._lock.clear()
+
+    def take(self, say: Callable[[str], None]) -> None:
+        """Makes the run's folder and takes its lock, on rank 0. Raises UserError if another one has it."""
+        if not self._lock:
+            return
+        try:
+            self.config.run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(say)
+        except OSError as error:
+            raise UserError(f"run.dir: {self.config.run_dir} can't be written: {error.strerror}.") from None
+
+    def watch(self, ranks: Runtime, fail: Callable[[str], None] | None) -> None:
+        """Starts the watchdog: from now on there is a loop that stops and saves.
+
+        Args:
+            fail: hears, on rank 0, the reason for which the process is about to be ended.
+        """
+        self._watchdog = Watchdog(self.config, ranks, self._interrupt, self.started, self._lock, fail)
+        self._interrupt.can_save = True
+
+    def beat(self, step: int, doing: str) -> None:
+        """Tells that the loop moves: what it does now, after `step` optimizer steps."""
+        if self._watchdog:
+            self._watchdog.beat(step, doing)
+
+    def release(self) -> None:
+        """Gives the lock back, while the other ranks are still there."""
+        self.end_watch()
+        if self._lock:
+            self._lock.release()
+
+    def end_watch(self) -> None:
+        """Ends the watchdog."""
+        if self._watchdog:
+            self._watchdog.stop()

@@ -1,0 +1,244 @@
+"""What learns: a model with its optimizer, its moving average and its task. No files, no clocks.
+
+Build, spread over ranks, make the optimizer, then restore, in this order. `train_step` is the arithmetic of
+one optimizer step; the same bits come out for any number of processes that can share its parts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dist_train import models, optim, tasks
+from dist_train.config import Config, UserError, to_mapping
+from dist_train.data import Batch, Data, first_batch
+from dist_train.evaluate import Unread, evaluate
+from dist_train.meters import Best
+from dist_train.parallel import Parallel
+from dist_train.parts import default_parts, parts_per_rank
+from dist_train.runtime import Runtime
+from dist_train.seeds import key, seed_device, seed_weights
+from dist_train.tasks import Task
+from dist_train.tree import tree_sum
+
+
+class Step(NamedTuple):
+    """What an optimizer step leaves, still on the device."""
+
+    names: tuple[str, ...]  # of the values that are recorded: `loss`, and the task's further ones
+    sums: list[torch.Tensor]  # of each of this rank's parts: [sum of weights, weighted sum of each value]
+    losses: list[torch.Tensor]  # of each of these parts, as the task gives them
+    norm: torch.Tensor | None  # of the gradient, before clipping, where it was needed or asked for
+    row_norms: list[torch.Tensor]  # of each trained weight's gradient, then, too
+    skipped: bool
+
+
+class Learner:
+    """A model in training, on all ranks, which must all make it.
+
+    The initial weights are a function of the seed. Raises UserError for a model or optimizer that can't be
+    built, or that the samples don't fit; and for a task that doesn't fit to the model's outputs and the
+    targets, or lacks the metric of the best.
+
+    Args:
+        model: used instead of the one that the configuration names.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None = None
+    ) -> None:
+        self.config, self.ranks, self.task = config, ranks, task
+        self.step = 0  # optimizer steps done
+        self._share = 1.0  # of its own learning rate, which each group of weights got in the last one
+        self.skipped = 0  # of these, whose update was dropped because it was not finite
+        self.set_parts(default_parts(config.train.parts, ranks.world_size, config.train.accumulate))
+        with ranks.together():
+            self.model = _build(config, ranks, data, task, model)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
+        self.parallel = Parallel(config, ranks, self.model)
+        if self.average is not None:
+            self.average.load_state_dict(self.model.state_dict())  # rank 0's
+            self.average = ranks.accelerator.prepare_model(self.average, evaluation_mode=True)
+        with ranks.together():
+            self.optimizer = optim.build(config, self.model)
+        # Accelerate's wrapper of the optimizer costs 60 us a step, and only fp16's loss scale needs it.
+        self.scaler = ranks.accelerator.scaler
+        self._stepping = (
+            ranks.accelerator.prepare_optimizer(self.optimizer) if self.scaler else self.optimizer
+        )
+        self._backward = ranks.accelerator.backward if self.scaler else torch.Tensor.backward
+        self._move_average: Callable[[int], None] | None = None
+        if self.average is not None:
+            self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
+        self.model.train()
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is evaluated and exported: the moving average where there is one."""
+        return self.model if self.average is None else self.average
+
+    def set_parts(self, parts: int) -> None:
+        """Cuts global batches into so many parts. Raises UserError if the ranks can't share them evenly."""
+        self.per_rank = parts_per_rank(parts, self.ranks.world_size)
+        self.parts = parts
+
+    def train_step(self, batches: Iterable[Batch], share: float, with_norm: bool = False) -> Step:
+        """Takes one optimizer step on this rank's parts of the global batch.
+
+        Args:
+            batches: the parts, on the device, each asked for after the one before it is computed.
+            share: of its own learning rate that each group of weights gets.
+            with_norm: whether to compute the norm of the gradient also where nothing needs it.
+        """
+        train, skipping = self.config.train, self.config.on_nonfinite == "skip"
+        self._share = share
+        optim.scale_lr(self.optimizer, share)
+        self.parallel.buffers.begin(self.parts, skipping)
+        sums: list[torch.Tensor] = []
+        losses: list[torch.Tensor] = []
+        total, weighted = 1, False
+        further: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            part, total = batch.part, batch.part.total
+            # Keyed by the part, not by the rank: whoever computes it drops the same units.
+            seed_device(self.ranks.device, key(self.config.seed, "noise", self.step, part.number))
+            with self.parallel.part(bool(part.size), is_last=len(sums) == self.per_rank - 1):
+                given = self.task.losses(self.parallel.called, batch)
+                values, weights = given[0], given[1]
+                weighted, further = weights is not None, given[2] if len(given) > 2 else {}
+                gradient, summed = _weigh(values, weights, further, part.size)
+                gradient = gradient * (self.parallel.share / total)
+                if skipping:  # a loss that is not finite on one rank makes the gradient so on all of them
+                    gradient = gradient + 0 * values.detach().sum()
+                self._backward(values, gradient=gradient)
+            sums.append(summed)
+            losses.append(values.detach())
+        self.parallel.buffers.finish(min(self.parts, total))
+        if weighted:  # until here divided by the number of samples; now all know what the values weigh
+            weight = self.ranks.sum(tree_sum(sums)[:1])[0]
+            self.parallel.scale(torch.where(weight > 0, total / weight, 0))
+        norm, rows, skipped = None, [], False
+        if train.clip_norm or skipping or with_norm:
+            if self.scaler:
+                self.ranks.accelerator.unscale_gradients(self._stepping)
+            rows = self.parallel.row_norms()
+            norm = torch.linalg.vector_norm(torch.cat(rows))
+            if train.clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(self.parallel.weights, train.clip_norm, norm)
+            skipped = skipping and not norm.isfinite()  # the same on all ranks
+        if not skipped or self.scaler:  # the scaler skips by itself, and lowers its scale
+            self._stepping.step()
+        self.optimizer.zero_grad()
+        if skipped:
+            self.parallel.buffers.undo()
+            self.skipped += 1
+        elif self._move_average:
+            self._move_average(self.step)
+        self.step += 1
+        return Step(("loss", *further), sums, losses, norm, rows, skipped)
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the last step; and of each group of weights, where these have their own."""
+        own = [group["initial_lr"] for group in self.optimizer.param_groups]
+        several = own if len(set(own)) > 1 else []
+        rates = {f"lr/{number}": rate * self._share for number, rate in enumerate(several)}
+        return {"lr": self.config.optim.lr * self._share} | rates
+
+    def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
+        """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
+        return evaluate(self.evaluated, batches, self.task, self.ranks, self.config.channels_last, stop)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in it, by the names of the model."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "parts": self.parts,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], where: str) -> None:
+        """Takes over what `state_dict` gave. Raises UserError, naming `where`, if it does not fit.
+
+        Args:
+            saved: a checkpoint, whose configuration tells which of the optimizer's arguments are others now.
+        """
+        try:
+            self.model.load_state_dict(saved["model"])
+            if self.average is not None:
+                self.average.load_state_dict(saved["average"] or saved["model"])
+            changed = saved["config"]["optim"]["args"] != to_mapping(self.config)["optim"]["args"]
+            _restore_optimizer(self.optimizer, saved["optimizer"], changed)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: does not fit the model of this configuration: {reason}") from None
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.skipped = saved["step"], saved.get("skipped", 0)
+
+
+def _weigh(
+    values: torch.Tensor, weights: torch.Tensor | None, further: dict[str, torch.Tensor], size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each value of a part weighs, and the sums `[weights, weighted loss, weighted further values]`.
+
+    A part without samples of its own, `size` 0, has one that weighs nothing.
+    """
+    counts = float(size > 0)
+    weights = torch.full_like(values, counts) if weights is None else weights.to(values.dtype) * counts
+    columns = [weights, *((value.detach() * weights) for value in (values, *further.values()))]
+    return weights, torch.stack([column.sum() for column in columns])
+
+
+def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None) -> nn.Module:
+    """The model at step 0, on the device, tried on samples of both sets."""
+    seed_weights(config.seed)
+    if model is None:
+        if not data.classes and config.task.name == "classification":
+            raise UserError("data: the data set has no `classes`, so the model's outputs can't be counted.")
+        model = models.build(
+            config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
+        )
+    names: list[str] = []
+    parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
+    for part, (samples, shape) in parts.items():
+        batch, outputs = first_batch(samples), None
+        if isinstance(task, tasks.SampleTask):
+            outputs = models.probe(model, shape, config.model.name).to(ranks.device)
+            batch = batch.to(ranks.device)  # where the model will be, which a task of one's own may rely on
+        names = tasks.check(task, model, batch, outputs, len(data.classes))
+        if outputs is not None and tasks.is_classification(task) and not data.classes:
+            samples.classes = outputs.shape[1]  # as many as the model has outputs
+            samples.check_labels(part)
+    Best.parse(config.checkpoint.best or task.best).check(names)
+    model.to(ranks.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], changed_args: bool = False
+) -> None:
+    """Restores the optimizer's tensors, and the options of its groups of weights.
+
+    Options that may lie in a group as state stay as they were saved, unless the configuration's arguments
+    are others now. The rate that the schedule scales, and how steps are computed, are the configuration's.
+    """
+    present, before = len(optimizer.param_groups), len(saved["param_groups"])
+    if present != before:
+        plural = "s" if present > 1 else ""
+        raise ValueError(f"the optimizer has {present} group{plural} of weights, the saved one {before}")
+    ours = {"initial_lr", "fused", "foreach"}
+    groups = []
+    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        kept = {"params"} if changed_args else old.keys() - ours
+        groups.append(new | {name: old[name] for name in kept})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

@@ -1,0 +1,203 @@
+"""How a model is spread over ranks: the only place that knows DDP, and where the parts of a step become one.
+
+A global batch is cut into P parts, whatever the number of processes; a rank computes P / world size of them,
+one after the other. What parts give, gradients and buffers, is added up in one fixed tree over their numbers
+(tree.py): a rank merges its own subtree, and ranks add up theirs in the same order. So the bits depend on
+neither how many processes compute a step, nor how DDP fills its buckets. The idea is that of EasyScale (Li
+et al., SC'23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_train.config import Config
+from dist_train.runtime import Runtime
+from dist_train.tree import Subtrees, Tensors, add, sum_over_ranks
+
+
+class Parallel:
+    """A model on all ranks, which must all make it: they get rank 0's weights.
+
+    Args:
+        model: on its device; its names are those of the state.
+    """
+
+    def __init__(self, config: Config, ranks: Runtime, model: nn.Module) -> None:
+        self.ranks, self.model = ranks, model
+        self.in_order = config.train.same_bits
+        # One call wraps the model: autocast, and DDP where there are several ranks.
+        self.called: nn.Module = ranks.accelerator.prepare_model(model)
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._subtrees = Subtrees()
+        self.buffers = Buffers(ranks, model)
+        self.is_ddp = isinstance(self.called, DistributedDataParallel)
+        if self.is_ddp:
+            self.called.broadcast_buffers = False  # type: ignore[assignment] # after rank 0's at the start
+        if self.is_ddp and self.in_order:
+            buckets = BucketSum(self.weights, self._subtrees, ranks.world_size)
+            # DDP refuses annotations that are texts, so it gets a function without any.
+            self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
+        if config.compile:
+            model.compile()
+
+    @property
+    def share(self) -> float:
+        """By what a loss is multiplied so that gradients add up: DDP's own sum is a mean over ranks."""
+        return 1.0 if self.in_order else float(self.ranks.world_size)
+
+    @contextmanager
+    def part(self, counts: bool, is_last: bool) -> Iterator[None]:
+        """Within it the forward and backward pass of one part are done; ranks meet in the last one.
+
+        Args:
+            counts: whether the part has samples of its own.
+            is_last: whether it is this rank's last part of the step.
+        """
+        with self.ranks.accelerator.no_sync(self.called) if self.is_ddp and not is_last else nullcontext():
+            yield
+        self.buffers.after_part(counts, is_last)
+        if not self.in_order:
+            return
+        gradients: Tensors = [weight.grad for weight in self.weights]
+        if not is_last:
+            self._subtrees.add(gradients)
+            gradients = [None] * len(gradients)
+        elif not self.is_ddp and len(self._subtrees):
+            gradients = self._subtrees.close(gradients)
+        else:
+            self._subtrees.clear()
+            return
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiplies all gradients by a number on the device."""
+        torch._foreach_mul_([weight.grad for weight in self.weights if weight.grad is not None], factor)
+
+    def row_norms(self) -> list[torch.Tensor]:
+        """Of each trained weight the norm of each row `[R]` of its gradient, from which follow all others.
+
+        A row lies on one rank, however a model is sharded, so they are the same for all ways to spread it.
+        """
+        zero = torch.zeros(1, device=self.ranks.device)
+        return [zero if weight.grad is None else _row_norms(weight.grad) for weight in self.weights]
+
+
+class BucketSum:
+    """A communication hook of DDP: adds up this rank's subtrees in a bucket of gradients, then all ranks'.
+
+    It doesn't know the model's wrapper: DDP would outlive a run in a circle, and its threads with it.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], subtrees: Subtrees, world_size: int) -> None:
+        self.numbers: dict[torch.Tensor, int] = {weight: number for number, weight in enumerate(weights)}
+        self.subtrees, self.world_size = subtrees, world_size
+        self._side: torch.cuda.Stream | None = None
+
+    def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The sum over all parts of what a bucket holds."""
+        numbers = [self.numbers[weight] for weight in bucket.parameters()]
+        for subtree in self.subtrees.smallest_first():
+            add([subtree[number] for number in numbers], bucket.gradients())
+        flat = bucket.buffer()
+        if self.world_size == 2:  # of two numbers there is one sum, in any order
+            return dist.all_reduce(flat, async_op=True).get_future().then(lambda done: done.value()[0])
+        future: torch.futures.Future[torch.Tensor]
+        if not flat.is_cuda:
+            future = torch.futures.Future()
+            future.set_result(sum_over_ranks(flat, self.world_size))
+            return future
+        # In a stream of its own, so that the backward pass goes on meanwhile; the future knows the stream.
+        self._side = self._side or torch.cuda.Stream(flat.device)
+        self._side.wait_stream(torch.cuda.current_stream(flat.device))
+        flat.record_stream(self._side)
+        future = torch.futures.Future(devices=[flat.device])
+        with torch.cuda.stream(self._side):
+            future.set_result(sum_over_ranks(flat, self.world_size))
+        return future
+
+
+class Buffers:
+    """The buffers of a model over a step, in which each part begins with those from before it.
+
+    The change of a floating-point one is the mean of the changes that parts made: so BatchNorm's running
+    averages are those of all parts. One of whole numbers, such as BatchNorm's counter, is what a rank's first
+    part made of it.
+    """
+
+    def __init__(self, ranks: Runtime, model: nn.Module) -> None:
+        self.ranks = ranks
+        self.floats = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        self.others = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+        self._changes = Subtrees()
+        self._last: Tensors = []
+
+    @torch.no_grad()
+    def begin(self, parts: int, skipping: bool) -> None:
+        """Keeps what is there before a step of so many parts, if that will be needed."""
+        self.several = parts > 1 and bool(self.floats or self.others)
+        self._changes.clear()
+        self._first: list[torch.Tensor] = []
+        if self.several or skipping:
+            self._before = _flat(self.floats)
+            self._others_before = [buffer.clone() for buffer in self.others]
+
+    @torch.no_grad()
+    def after_part(self, counts: bool, is_last: bool) -> None:
+        """Takes up what a part has changed, if it `counts`, and puts all back for the next one."""
+        if not self.several:
+            return
+        if not self._first:
+            self._first = [buffer.clone() for buffer in self.others]
+        now = _flat(self.floats)
+        # What is infinite on purpose, as in a mask, stays so.
+        change = torch.where(now == self._before, 0, now - self._before) if counts else torch.zeros_like(now)
+        if is_last:
+            self._last = self._changes.close([change])
+        else:
+            self._changes.add([change])
+            self.undo()
+
+    @torch.no_grad()
+    def finish(self, counting: int) -> None:
+        """After the last part, where so many of all parts did count."""
+        if not self.several:
+            return
+        change = self._last[0]
+        assert change is not None
+        if self.ranks.world_size > 1 and len(change):
+            change = sum_over_ranks(change, self.ranks.world_size)
+        _fill(self.floats, self._before + change / counting)
+        if self._first:
+            torch._foreach_copy_(self.others, self._first)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Puts back what was there before the step."""
+        _fill(self.floats, self._before)
+        if self.others:
+            torch._foreach_copy_(self.others, self._others_before)
+
+
+def _flat(buffers: list[torch.Tensor]) -> torch.Tensor:
+    """All values of some buffers, `[N]`; in the widest of their types."""
+    return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
+
+
+def _fill(buffers: list[torch.Tensor], flat: torch.Tensor) -> None:
+    pieces = flat.split([buffer.numel() for buffer in buffers])
+    if buffers:
+        torch._foreach_copy_(buffers, [p.view_as(b) for p, b in zip(pieces, buffers, strict=True)])
+
+
+def _row_norms(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.ndim < 2:
+        return gradient.abs().flatten()
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1)

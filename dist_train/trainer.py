@@ -1,0 +1,278 @@
+"""The loop: one for one CPU, one MPS device, or many GPUs on many nodes.
+
+The state of a run is (config, step, tensors); the order of samples, augmentation, dropout and learning rate
+are functions of the step. So a run that was killed anywhere goes on exactly, from any checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from dist_train import checkpoint, data
+from dist_train import state as states
+from dist_train.config import Config, Every, RunError
+from dist_train.evaluate import Unread
+from dist_train.guard import Guard
+from dist_train.learner import Step
+from dist_train.meters import Best, Clock, Window
+from dist_train.runtime import Runtime
+from dist_train.state import State
+from dist_train.tracking import Record
+
+MEET_SECONDS = 2.0  # ranks agree on interruptions and timed saves about this often, or more often
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, a function of the configuration and the data."""
+
+    config: Config
+    ranks: Runtime
+    data: data.Data
+    total: int  # optimizer steps of the whole run
+    schedule: Callable[[int], float]  # the share of the learning rate at a step
+
+    @cached_property
+    def per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.data.steps_per_epoch(self.config)
+
+
+class Due(NamedTuple):
+    """What comes after a step."""
+
+    log: bool
+    eval: bool
+    save: bool
+
+
+class Agreed(NamedTuple):
+    """What ranks have agreed on."""
+
+    stop: bool
+    save: bool
+
+
+class Trainer:
+    """One attempt at a run, from `state` on; on each rank."""
+
+    def __init__(
+        self, job: Job, state: State, record: Record, saver: checkpoint.Checkpoints, guard: Guard
+    ) -> None:
+        self.job, self.state, self.learner = job, state, state.learner
+        self.record, self.saver, self.guard = record, saver, guard
+        self.config, self.ranks = config, ranks = job.config, job.ranks
+        self.clock = Clock(record.account.seconds)
+        self.window = Window(ranks, state.window)
+        self.best = Best.parse(state.best_by)
+        self.eval_every, self.save_every = (
+            Every.parse(config.eval.every),
+            Every.parse(config.checkpoint.every),
+        )
+        parts, start = self.learner.parts, self.learner.step
+        self.eval_batches = job.data.eval_loader(config, ranks, parts)
+        loader = job.data.train_loader(config, ranks, start, job.total, parts)
+        self.batches: Iterator[data.Batch] = iter(loader)
+        if config.log.batches:
+            attempt = ranks.from_main(record.attempt)
+            path = config.run_dir / f"batches/attempt-{attempt}-rank-{ranks.rank}.jsonl"
+            self.batches = data.recorded(self.batches, path)
+        self.unread: Unread = []
+        self.skips = 0  # steps in a row that were dropped
+        self.meet_at, self.saved_at = start + 1, time.monotonic()
+
+    def train(self) -> str:
+        """Trains to the end of the run; returns why it stopped before, or nothing.
+
+        Raises RunError, on all ranks alike, for a loss that is not finite and a state that can't be saved.
+        """
+        learner, guard = self.learner, self.guard
+        if self.is_evaluation_missing() and not (self.evaluate() and self.save()):
+            return guard.why_stopped(self.ranks)
+        while learner.step < self.job.total:
+            due = self.due(learner.step + 1)
+            step = learner.train_step(self.parts(), self.job.schedule(learner.step), with_norm=due.log)
+            self.take(step)
+            if not any(due) and learner.step < self.meet_at:
+                continue
+            agreed = self.meet()
+            if due.log:
+                self.log(step)
+            stop = agreed.stop or (due.eval and not self.evaluate())  # the next attempt repeats it
+            if due.save or agreed.save or stop or self.best.improves(self.state.metrics, self.state.best):
+                self.save()
+            self.record.running(learner.step, learner.skipped, self.best.named(self.state.best))
+            if stop:
+                break
+        self.finish_saving()
+        if learner.step < self.job.total or not self.state.metrics:
+            return guard.why_stopped(self.ranks)
+        self.export()
+        return ""
+
+    def due(self, step: int) -> Due:
+        """What comes after `step` optimizer steps, by their number."""
+        last, per_epoch = step == self.job.total, self.job.per_epoch
+        return Due(
+            last or step % self.config.log.every == 0,
+            last or self.eval_every.due(step, per_epoch),
+            last or self.save_every.due(step, per_epoch),
+        )
+
+    def parts(self) -> Iterator[data.Batch]:
+        """This rank's parts of the next step, on the device."""
+        step = self.learner.step
+        for _ in range(self.learner.per_rank):
+            self.guard.beat(step, "waiting for data")
+            asked = time.perf_counter()
+            batch = next(self.batches).to(self.ranks.device, self.config.channels_last)
+            self.clock.data_seconds += time.perf_counter() - asked
+            self.guard.beat(step, "computing")
+            self.unread += batch.bad
+            samples = batch.part.total
+            yield batch
+        self.clock.step(samples)
+
+    def take(self, step: Step) -> None:
+        """Takes up what a step leaves; nothing waits for the device."""
+        self.state.metrics = {}
+        self.window.add(step.names, step.sums)
+        self.record.move(self.learner.step)
+        self.skips = self.skips + 1 if step.skipped else 0
+        if self.skips > self.config.max_skips:
+            self.fail_nonfinite(self.learner.step, f"{self.skips} steps in a row were skipped")
+
+    def meet(self) -> Agreed:
+        """The one wait for the device and the other ranks: losses, and with them what each rank asks."""
+        step, ranks = self.learner.step, self.ranks
+        self.guard.beat(step, "waiting for other ranks")
+        timed = ranks.is_main and 0 < self.seconds_to_save() < time.monotonic() - self.saved_at
+        stop, save, gone, seconds, unread = self.window.meet(
+            self.guard.asked or self.saver.is_broken,
+            timed,
+            ranks.is_main and not self.config.run_dir.exists(),
+            self.clock.seconds_per_step,
+            len(self.unread),
+        )
+        self.clock.settle()
+        if gone:
+            raise RunError(
+                f"{self.config.run_dir} was deleted or moved under way; this attempt ends, unsaved."
+            )
+        ago = self.window.first_nonfinite()
+        if self.config.on_nonfinite == "stop" and ago is not None:
+            self.fail_nonfinite(step - ago, "its loss is not finite")
+        pace = ranks.world_size * MEET_SECONDS / seconds if seconds else 1  # after step 1 it isn't known
+        self.meet_at = step + max(1, min(self.config.log.every, int(pace)))
+        if unread:
+            self.record.bad_samples([item for items in ranks.gather(self.unread) for item in items])
+            self.unread.clear()
+        return Agreed(bool(stop), bool(save))
+
+    def log(self, step: Step) -> None:
+        """Records a row of the steps since the last one."""
+        values = self.window.take() | self.learner.rates()
+        if step.norm is not None:
+            values["train/grad_norm"] = float(step.norm)
+        values |= self.clock.take(self.job.total - self.learner.step) | self.ranks.memory()
+        self.row("train", values)
+
+    def evaluate(self) -> bool:
+        """Measures the eval set; False if somebody asked to stop meanwhile."""
+
+        def stop() -> bool:
+            self.guard.beat(self.learner.step, "evaluating")
+            return self.guard.asked
+
+        with self.clock.excluded("productive"):
+            self.state.metrics, unread = self.learner.evaluate(self.eval_batches, stop)
+        self.record.bad_samples(unread)
+        if self.state.metrics:
+            self.row("eval", self.state.metrics)
+        return bool(self.state.metrics)
+
+    def row(self, kind: str, values: dict[str, float]) -> None:
+        """Records a row after the step taken last; whoever reads it may ask to stop."""
+        step = self.learner.step
+        if not self.record.row(kind, step, (step - 1) // self.job.per_epoch, values):
+            self.guard.request("on_row returned False")
+
+    def save(self) -> bool:
+        """Saves the state, behind the loop's back."""
+        state, saver = self.state, self.saver
+        self.guard.beat(self.learner.step, "saving")
+        self.record.flush()
+        state.window = self.window.values
+        with self.clock.excluded("saving"):
+            failure, *best = self.ranks.from_main((saver.wait(), saver.best, saver.best_step))
+            if failure:  # the best one may be among those that failed
+                state.best, state.best_step = best
+            if self.best.improves(state.metrics, state.best):
+                state.best, state.best_step = state.metrics[self.best.metric], self.learner.step
+            saver.save(states.to_dict(self.config, state, self.job.data))
+        self.saved_at = time.monotonic()
+        return True
+
+    def seconds_to_save(self) -> float:
+        """After how many seconds a save is due, or 0 for never."""
+        if self.save_every.auto:
+            return self.saver.interval(self.record.between_interruptions)
+        return self.save_every.seconds
+
+    def is_evaluation_missing(self) -> bool:
+        """Whether the attempt before was interrupted ahead of the evaluation at this step."""
+        step = self.learner.step
+        return bool(step and not self.state.metrics and self.due(step).eval)
+
+    def finish_saving(self) -> None:
+        """Waits for the save in flight. Raises RunError if the state can't be saved."""
+        with self.clock.excluded("saving"):
+            failure = self.ranks.from_main(self.saver.wait())
+            if failure:  # once more: there may be room now
+                self.saver.save(states.to_dict(self.config, self.state, self.job.data))
+                failure = self.ranks.from_main(self.saver.wait())
+        if failure:
+            raise RunError(f"the state after step {self.learner.step:,} is not saved: {failure}.")
+
+    def export(self) -> None:
+        """Leaves what a complete run leaves: checkpoints that are kept, and the weights alone."""
+        failure, run = "", self.config.run_dir
+        names = {"classes": "\n".join(map(str, self.job.data.classes))}
+        try:
+            self.saver.prune()  # where an attempt was killed between its last save and this
+            if self.ranks.is_main:
+                checkpoint.save_weights(run / "model.safetensors", self.learner.evaluated, names)
+        except OSError as error:
+            failure = f"{run}/model.safetensors could not be written: {error.strerror}"
+        if failure := self.ranks.from_main(failure):
+            raise RunError(f"{failure}; the checkpoint is saved, the same command writes it again.")
+
+    def fail_nonfinite(self, step: int, what: str) -> None:
+        """Raises RunError for a number that is not finite; rank 0 writes the samples to nonfinite.json.
+
+        A gradient that is not finite shows in the loss of the step after it: both steps are listed.
+        """
+        config, sets = self.config, self.job.data
+        command = f"dist-train replay {config.run_dir} {step}"
+        if self.ranks.is_main:
+            found: dict[str, object] = {"step": step, "what": what, "replay": command}
+            for number in (step - 1, step):
+                if number:
+                    found[f"samples of step {number}"] = [
+                        {"rank": part.number // self.learner.per_rank, **sets.known(index)}
+                        for part in sets.order(config).parts(number - 1, self.learner.parts)
+                        for index in part.indices[: part.size].tolist()
+                    ]
+            text = json.dumps(found, indent=1).encode()
+            with suppress(OSError):
+                checkpoint.write_atomically(config.run_dir / "nonfinite.json", lambda file: file.write(text))
+        raise RunError(
+            f"step {step:,}: {what}; {config.run_dir}/nonfinite.json lists its samples, `{command}` rebuilds"
+            f" it; a lower optim.lr than {config.optim.lr:g} often helps."
+        )
