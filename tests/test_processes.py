@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.processes import Finished
+from tests.processes import Finished, lives
 from tests.warm import Process
 
 
@@ -60,6 +61,28 @@ def test_an_error_in_a_forked_script_is_shown(cli: Callable[..., Finished], tmp_
     (tmp_path / "script.py").write_text("raise ArithmeticError('too much')\n")
     failed = cli("script.py")
     assert failed.rc == 1 and failed.err.endswith("ArithmeticError: too much\n"), failed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
+def test_nothing_outlives_tests_that_are_killed(
+    start: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    said = tmp_path / "said"
+    program = f"""
+from pathlib import Path
+from tests.warm import Process
+if __name__ == "__main__":
+    folder = Path({str(tmp_path)!r})
+    Process(["script.py"], folder, {{}}, folder / "said", folder / "errors").wait()
+"""
+    (tmp_path / "tests_of_another.py").write_text(program)
+    tests = start(sys.executable, "tests_of_another.py")
+    wait_for(lambda: said.exists() and said.read_text().endswith("\n"), tests)
+    forked = psutil.Process(int(said.read_text()))
+    tests.kill()
+    psutil.wait_procs([forked], timeout=30)
+    assert not lives(forked)
 
 
 def test_what_hangs_fails_its_test_and_is_gone(cli: Callable[..., Finished], tmp_path: Path) -> None:

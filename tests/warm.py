@@ -6,6 +6,7 @@ They are forked from a server that has imported the libraries, and nothing of di
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -13,10 +14,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+PR_SET_PDEATHSIG = 1
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -81,6 +84,7 @@ class Process:
 def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
     """What the forked process does: all that Python does at its start and at its end."""
     os.setsid()
+    _end_with_the_tests()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -106,3 +110,13 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
             main()
     finally:
         atexit._run_exitfuncs()  # a forked process does not run them
+
+
+def _end_with_the_tests() -> None:
+    """Where the tests are killed, the server ends, and on Linux this process with it."""
+    inherited = forkserver._forkserver
+    if inherited._forkserver_alive_fd is not None:  # the server lives as long as any process has it
+        os.close(inherited._forkserver_alive_fd)
+        inherited._forkserver_alive_fd = None
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.processes import free_port
-from tests.warm import CONTEXT
+from tests.processes import environment, finish, world
+from tests.warm import Process
 
 
 class Group:
@@ -31,28 +30,25 @@ class Group:
         return self.gather(value)[0]
 
 
-def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, cwd: Path) -> list[int | None]:
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, cwd: Path) -> list[int]:
     """Calls function(group, *arguments) in the folder `cwd` on so many ranks; returns their exit codes.
 
-    The function is one of a module, since the processes import it.
+    The function is one of a module, since the processes import it. What they say is printed.
     """
-    port = free_port()
-    given = (port, world_size, str(cwd), function, arguments)
-    processes = [CONTEXT.Process(target=_call, args=(rank, *given)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in processes]
+    outputs = [cwd / f"rank{rank}.txt" for rank in range(world_size)]
+    processes = [
+        Process([_call, function, *arguments], cwd, environment(**variables), output, output)
+        for variables, output in zip(world(world_size), outputs, strict=True)
+    ]
+    ended = [finish(process, 120) for process in processes]
+    for output in outputs:
+        print(output.read_text())
+        output.unlink()
+    return [process.rc for process in ended]
 
 
-def _call(
-    rank: int, port: int, world_size: int, cwd: str, function: Callable[..., Any], arguments: Any
-) -> None:
-    os.chdir(cwd)
+def _call(function: Callable[..., Any], *arguments: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     function(Group(), *arguments)
     dist.destroy_process_group()
