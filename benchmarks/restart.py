@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from overhead import processor  # noqa: E402
 
-from dist_train.lock import read as read_lock  # noqa: E402
+from dist_train.guard.lock import read as read_lock  # noqa: E402
 
 PARTS = ("the launcher", "Python, imports", "process group", "data, model", "restore", "first step")
 PATIENCE = 120.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dist_train.interrupt import before_training
+from dist_train.guard.interrupt import before_training
 
 
 def main() -> None:

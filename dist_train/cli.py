@@ -69,7 +69,7 @@ def train(
     ] = False,
 ) -> None:
     """Train, or go on with the run where it stopped. Exit code 75: interrupted, state saved."""
-    from dist_train.interrupt import EXIT_INTERRUPTED, before_training, launcher_watched
+    from dist_train.guard.interrupt import EXIT_INTERRUPTED, before_training, launcher_watched
 
     before_training()
     with launcher_watched():
@@ -78,7 +78,7 @@ def train(
 
     result = fit(config, allow_changes=allow_changes, started=BEGAN)
     if _is_main():
-        from dist_train.progress import describe
+        from dist_train.record.terminal import describe
 
         more = "; the same command goes on with it" if result.state == "interrupted" else ""
         shown = result.metrics | {f"best {name}": value for name, value in result.best.items()}

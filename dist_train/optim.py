@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, Every, UserError, construct, import_object, nearest
-from dist_train.progress import counted
+from dist_train.record.terminal import counted
 
 
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -19,11 +19,11 @@ from dist_train import checkpoint, data, models, optim, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, from_file, printable
 from dist_train.learner import Learner
-from dist_train.progress import counted
+from dist_train.record.record import read_attempts, read_status
+from dist_train.record.terminal import counted
 from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
 from dist_train.state import State
-from dist_train.tracking import read_attempts, read_status
 
 COLUMNS = 8
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",

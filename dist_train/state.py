@@ -12,7 +12,7 @@ from dist_train.config import Config, UserError, changes, completed, to_mapping
 from dist_train.data import Data
 from dist_train.learner import Learner
 from dist_train.meters import Best
-from dist_train.progress import counted
+from dist_train.record.terminal import counted
 
 
 @dataclass

@@ -18,12 +18,12 @@ from dist_train import checkpoint, data
 from dist_train import state as states
 from dist_train.config import Config, Every, RunError
 from dist_train.evaluate import Unread
-from dist_train.guard import Guard
+from dist_train.guard.guard import Guard
 from dist_train.learner import Step
 from dist_train.meters import Best, Clock, Window
+from dist_train.record.record import Record
 from dist_train.runtime import Runtime
 from dist_train.state import State
-from dist_train.tracking import Record
 
 MEET_SECONDS = 2.0  # ranks agree on interruptions and timed saves about this often, or more often
 

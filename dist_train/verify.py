@@ -23,7 +23,7 @@ import torch
 from dist_train import checkpoint, data
 from dist_train.config import Config, RunError, UserError, to_yaml
 from dist_train.data.transforms import ImageTransform, seed_sample
-from dist_train.tracking import read_lines, read_metrics
+from dist_train.record.record import read_lines, read_metrics
 
 KILL_SECONDS = 600  # how long to wait for the step at which to kill
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from dist_train import lock as locks
 from dist_train.config import UserError
-from dist_train.lock import Lock
-from dist_train.tracking import read_status
+from dist_train.guard import lock as locks
+from dist_train.guard.lock import Lock
+from dist_train.record.record import read_status
 from tests.processes import Finished
 from tests.warm import Process
 from tests.worlds import SMALL
 
 SLOW = """
 import time
-from dist_train import watchdog
+from dist_train.guard import watchdog
 
 watchdog.LOOK_SECONDS, watchdog.RENEW_SECONDS = 0.2, 0.5  # who has lost the lock notices it sooner
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from dist_train.config import UserError
+from dist_train.record.record import read_metrics
 from dist_train.replay import replay
-from dist_train.tracking import read_metrics
 from tests.processes import Finished
 from tests.worlds import SMALL
 

@@ -17,14 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
-from dist_train import watchdog
 from dist_train.cluster import slurm
 from dist_train.config import from_mapping, parse_seconds
-from dist_train.interrupt import Interrupt
-from dist_train.lock import Lock
+from dist_train.guard import watchdog
+from dist_train.guard.interrupt import Interrupt
+from dist_train.guard.lock import Lock
+from dist_train.guard.watchdog import last_rank
+from dist_train.record.record import read_status
 from dist_train.report.status import collect
-from dist_train.tracking import read_status
-from dist_train.watchdog import last_rank
 from tests.distributed.ranks import last
 from tests.processes import REPO, Finished, finish
 from tests.warm import Process
@@ -32,7 +32,7 @@ from tests.worlds import SMALL
 
 HANGS = """
 import ctypes, os, pathlib, time
-from dist_train import watchdog
+from dist_train.guard import watchdog
 
 watchdog.LOOK_SECONDS, watchdog.SILENT_SECONDS, watchdog.GIL_SECONDS = 0.5, 2, 3  # all of it sooner
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_train import lock
 from dist_train.cluster import slurm
 from dist_train.config import UserError, printable
+from dist_train.guard import lock
 from dist_train.record.history import read_status
 
 HEADINGS = ("run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last trouble")

@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_train.config.errors import UserError
 from dist_train.data import Batch
-from dist_train.progress import counted
+from dist_train.record.terminal import counted
 
 Losses = (
     tuple[torch.Tensor, torch.Tensor | None]

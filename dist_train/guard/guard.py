@@ -9,10 +9,10 @@ from collections.abc import Callable
 from types import TracebackType
 
 from dist_train.config import Config, UserError
-from dist_train.interrupt import Interrupt
-from dist_train.lock import Lock
+from dist_train.guard.interrupt import Interrupt
+from dist_train.guard.lock import Lock
+from dist_train.guard.watchdog import Watchdog
 from dist_train.runtime import Runtime
-from dist_train.watchdog import Watchdog
 
 
 class Guard:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
-from dist_train.progress import Progress, clock, counted
 from dist_train.record.history import read_attempts as read_attempts
 from dist_train.record.history import read_lines as read_lines
 from dist_train.record.history import read_metrics as read_metrics
 from dist_train.record.history import read_status as read_status
+from dist_train.record.terminal import Progress, clock, counted
 from dist_train.record.wandb import Mirror
 
 SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dist_train.config import Config
-from dist_train.deadline import deadline
-from dist_train.interrupt import Interrupt
-from dist_train.lock import RENEW_SECONDS, Lock
+from dist_train.guard.deadline import deadline
+from dist_train.guard.interrupt import Interrupt
+from dist_train.guard.lock import RENEW_SECONDS, Lock
 from dist_train.runtime import Runtime
 
 LOOK_SECONDS = 1.0
