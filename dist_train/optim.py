@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.config import Config, Every, UserError, construct, import_object, nearest
-from dist_train.record.terminal import counted
+from dist_train.config import Config, Every, UserError, construct, counted, import_object, nearest
 
 
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:

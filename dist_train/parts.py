@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dist_train.config import UserError
-from dist_train.record.terminal import counted
+from dist_train.config import UserError, counted
 
 
 def default_parts(wanted: int | None, world_size: int, accumulate: int) -> int:

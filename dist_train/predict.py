@@ -204,8 +204,8 @@ def evaluate_run(
             the training set only where data.eval_fraction holds out a part of it.
         trust: whether the file may name any object, as `overrides` may.
     """
-    told: list[str] = []
-    path = checkpoint.find(place, told.append)
+    warnings: list[str] = []
+    path = checkpoint.find(place, warnings.append)
     saved = checkpoint.load(path, verified=True)
     # These are of no meaning here, and may not suit the eval set.
     unused = ["data.drop_last=false", "data.train_transform=null"]
@@ -218,7 +218,7 @@ def evaluate_run(
     )  # what a task of one's own takes for a target is not known
     ranks = runtime.start(config)
     try:
-        for note in told if ranks.is_main else ():
+        for note in warnings if ranks.is_main else ():
             checkpoint.tell(note)
         with ranks.together():
             model = _trained(path, saved, config, model, trust)

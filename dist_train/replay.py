@@ -17,10 +17,9 @@ import torch
 
 from dist_train import checkpoint, data, models, optim, runtime, tasks
 from dist_train import state as states
-from dist_train.config import Config, UserError, completed, from_file, printable
+from dist_train.config import Config, UserError, completed, counted, from_file, printable
 from dist_train.learner import Learner
-from dist_train.record.record import read_attempts, read_status
-from dist_train.record.terminal import counted
+from dist_train.record.history import read_attempts, read_status
 from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
 from dist_train.state import State
@@ -85,11 +84,11 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
         ranks = runtime.start(config)
         try:
             with nullcontext() if trust else models.no_larger(_size(run), str(run)):
-                told, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
+                replayed, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
         finally:
             runtime.stop(ranks.accelerator)
         if done == step:
-            return replace(told, start=str(start or "the initial weights"))
+            return replace(replayed, start=str(start or "the initial weights"))
 
 
 def _attempts(run: Path) -> list[dict[str, Any]]:

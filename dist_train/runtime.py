@@ -25,8 +25,7 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from dist_train.cluster import slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
-from dist_train.config import Config, UserError
-from dist_train.record.terminal import counted
+from dist_train.config import Config, UserError, counted
 from dist_train.tree import tree_sum
 
 

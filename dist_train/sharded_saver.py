@@ -187,29 +187,29 @@ def finish(
     Raises RuntimeError if a rank tells that its part won't come, and if one doesn't come in `seconds` or
     until the save is `cancelled`.
     """
-    told: dict[int, dict[str, Any]] = {}
+    reports: dict[int, dict[str, Any]] = {}
     end = time.monotonic() + seconds
-    while missing := sorted(set(range(world_size)) - told.keys()):
+    while missing := sorted(set(range(world_size)) - reports.keys()):
         for rank in missing:
             if (note := folder / f"rank-{rank}.json").exists():
-                told[rank] = json.loads(note.read_bytes())
-                if why := told[rank].get("failed"):
+                reports[rank] = json.loads(note.read_bytes())
+                if why := reports[rank].get("failed"):
                     raise RuntimeError(f"rank {rank}: {why}")
-        if len(told) < world_size and (cancelled.wait(0.02) or time.monotonic() > end):
+        if len(reports) < world_size and (cancelled.wait(0.02) or time.monotonic() > end):
             raise RuntimeError(f"the part of rank {missing[0]} has not come")
     tensors: dict[str, Any] = {n: {"dtype": d, "shape": s, "rows": []} for n, (d, s) in part.shapes.items()}
-    for _, what in sorted(told.items()):
+    for _, what in sorted(reports.items()):
         for name, (first, count) in what["rows"].items():
             tensors[name]["rows"].append([what["file"], first, count])
     for name, entry in tensors.items():
         entry["rows"].sort(key=lambda piece: piece[1])
         if not is_covered(entry["rows"], rows(entry["shape"])):
             raise RuntimeError(f"some rows of {name} were written by no rank")
-    files = {what["file"]: {"size": what["size"], "sha256": what["sha256"]} for what in told.values()}
+    files = {what["file"]: {"size": what["size"], "sha256": what["sha256"]} for what in reports.values()}
     manifest = {"format": FORMAT, "state": part.tree, "tensors": tensors, "files": files}
     text = dump({"sha256": hashlib.sha256(dump(manifest)).hexdigest(), "manifest": manifest})
     write_atomically(folder / MANIFEST, lambda file: file.write(text))
-    for rank in told:
+    for rank in reports:
         (folder / f"rank-{rank}.json").unlink()
     sync_folder(folder)
     folder.rename(path)

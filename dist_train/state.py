@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint
-from dist_train.config import Config, UserError, changes, completed, to_mapping
+from dist_train.config import Config, UserError, changes, completed, counted, to_mapping
 from dist_train.data import Data
 from dist_train.learner import Learner
 from dist_train.meters import Best
-from dist_train.record.terminal import counted
 
 
 @dataclass

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_train.config import Config, UserError
+from dist_train.config import Config, UserError, counted
 from dist_train.parts import default_parts, part_size, parts_per_rank
-from dist_train.record.terminal import counted
 
 
 def command(

@@ -16,13 +16,23 @@ from torch import nn
 
 from dist_train import checkpoint, data, optim, runtime, tasks
 from dist_train import state as states
-from dist_train.config import Config, RunError, UserError, from_mapping, given_name, load, to_yaml, with_given
+from dist_train.config import (
+    Config,
+    RunError,
+    UserError,
+    counted,
+    from_mapping,
+    given_name,
+    load,
+    to_yaml,
+    with_given,
+)
 from dist_train.guard.guard import Guard
 from dist_train.learner import Learner
 from dist_train.meters import Best
 from dist_train.parts import keeps_bits
-from dist_train.record.record import Begin, Record, read_status
-from dist_train.record.terminal import counted
+from dist_train.record.history import read_status
+from dist_train.record.record import Begin, Record
 from dist_train.runtime import Runtime
 from dist_train.snapshot import unreadable
 from dist_train.state import State

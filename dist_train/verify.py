@@ -22,8 +22,9 @@ import torch
 
 from dist_train import checkpoint, data
 from dist_train.config import Config, RunError, UserError, to_yaml
-from dist_train.data.transforms import ImageTransform, seed_sample
-from dist_train.record.record import read_lines, read_metrics
+from dist_train.data.transforms import ImageTransform
+from dist_train.record.history import read_lines, read_metrics
+from dist_train.seeds import seed_sample
 
 KILL_SECONDS = 600  # how long to wait for the step at which to kill
 
@@ -84,8 +85,8 @@ def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
             process.wait()
         if process.returncode:
             lines = log.read_text(encoding="utf-8").splitlines()
-            told = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
-            raise UserError(told[-1] if told else "\n".join(["the job fails by itself:", *lines[-20:]]))
+            said = [line.removeprefix("dist-train: ") for line in lines if line.startswith("dist-train: ")]
+            raise UserError(said[-1] if said else "\n".join(["the job fails by itself:", *lines[-20:]]))
     finally:
         _kill(process)
 
@@ -193,10 +194,10 @@ def _culprit(config: Config) -> str:
             step = ImageTransform([name]).geometry
             image = _twice(partial(step, image), config.seed, index)
             if image is None:
-                told = next(iter(name)) if isinstance(name, dict) else name
+                shown = next(iter(name)) if isinstance(name, dict) else name
                 key = "eval" if config.data.train_transform is None else "train"
                 return (
-                    f"data.{key}_transform[{position}], '{told}', draws random numbers that are not keyed:"
+                    f"data.{key}_transform[{position}], '{shown}', draws random numbers that are not keyed:"
                     " take them from torch, random or numpy.random, which are seeded for each sample"
                 )
     return "none of the transforms alone; what they read may have changed meanwhile"

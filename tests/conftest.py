@@ -201,7 +201,7 @@ def under_way(wait_for: Callable[..., None], npz: Path, tmp_path: Path) -> Calla
 
     `until` is a condition on its run's folder, runs/run; by default 5 steps are done.
     """
-    from dist_train.record.record import read_status
+    from dist_train.record.history import read_status
 
     run = tmp_path / "runs" / "run"
 

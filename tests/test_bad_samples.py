@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_train.config import RunError, UserError
 from dist_train.evaluate import evaluate
-from dist_train.record.record import read_status
+from dist_train.record.history import read_status
 from dist_train.tasks import Classification
 from tests.distributed.ranks import equal, last
 from tests.processes import Finished

@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_train import checkpoint
 from dist_train.config import UserError
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from tests.distributed.ranks import same_bits
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_train.config import load
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from tests.processes import REPO, Finished
 
 EXAMPLES = REPO / "examples"

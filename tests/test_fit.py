@@ -19,7 +19,7 @@ import torch
 
 from dist_train import fit, load
 from dist_train.config import UserError
-from dist_train.record.record import read_metrics, read_status
+from dist_train.record.history import read_metrics, read_status
 from tests.distributed.ranks import same_bits
 from tests.processes import Finished, environment
 from tests.warm import Process

@@ -16,7 +16,7 @@ import pytest
 from dist_train.config import UserError
 from dist_train.guard import lock as locks
 from dist_train.guard.lock import Lock
-from dist_train.record.record import read_status
+from dist_train.record.history import read_status
 from tests.processes import Finished
 from tests.warm import Process
 from tests.worlds import SMALL

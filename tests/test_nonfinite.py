@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_train.config import RunError
-from dist_train.record.record import read_metrics, read_status
+from dist_train.record.history import read_metrics, read_status
 from tests.distributed.ranks import equal, last
 from tests.processes import Finished
 from tests.worlds import SMALL, pictures

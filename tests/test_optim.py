@@ -19,7 +19,7 @@ from dist_train.config import Config, UserError, from_mapping
 from dist_train.config.options import OBJECT
 from dist_train.config.schema import each_key
 from dist_train.predict import evaluate_run
-from dist_train.record.record import read_attempts, read_metrics
+from dist_train.record.history import read_attempts, read_metrics
 from tests.distributed.ranks import last, same_bits
 from tests.worlds import SMALL
 

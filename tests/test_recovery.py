@@ -17,7 +17,7 @@ from torch import nn
 from dist_train import checkpoint
 from dist_train.config import RunError, UserError
 from dist_train.predict import load_model
-from dist_train.record.record import read_status
+from dist_train.record.history import read_status
 from tests.processes import Finished
 from tests.worlds import CLASSES, listing, write_images
 

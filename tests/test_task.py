@@ -17,7 +17,7 @@ from dist_train.config import UserError, from_mapping
 from dist_train.data.images import InMemory
 from dist_train.models import probe
 from dist_train.predict import predict
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from dist_train.tasks import Classification, build
 from tests.processes import REPO
 from tests.worlds import SMALL

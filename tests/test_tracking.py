@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from dist_train.record.record import Account, Lines, read_lines, read_metrics, read_status
+from dist_train.record.account import Account
+from dist_train.record.history import read_lines, read_metrics, read_status
+from dist_train.record.record import Lines
 from tests.processes import Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",

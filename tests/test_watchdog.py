@@ -23,7 +23,7 @@ from dist_train.guard import watchdog
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import Lock
 from dist_train.guard.watchdog import last_rank
-from dist_train.record.record import read_status
+from dist_train.record.history import read_status
 from dist_train.report.status import collect
 from tests.distributed.ranks import last
 from tests.processes import REPO, Finished, finish

@@ -4,7 +4,7 @@ Imports nothing else of ours, and not torch: a typo is reported before anything 
 """
 
 from dist_train.config.changes import changes
-from dist_train.config.errors import RunError, UserError, nearest, printable
+from dist_train.config.errors import RunError, UserError, counted, nearest, printable
 from dist_train.config.every import Every, parse_seconds
 from dist_train.config.load import (
     completed,
@@ -28,6 +28,7 @@ __all__ = [
     "changes",
     "completed",
     "construct",
+    "counted",
     "from_file",
     "from_mapping",
     "get",

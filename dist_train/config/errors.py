@@ -1,4 +1,4 @@
-"""The two error classes of the project, and the sentence that names the nearest right word."""
+"""The two error classes of the project, and words that their sentences are made of."""
 
 from __future__ import annotations
 
@@ -32,3 +32,8 @@ def printable(text: str) -> str:
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )
+
+
+def counted(number: int, name: str) -> str:
+    """A number with its noun: `1 process`, `4,690 steps`."""
+    return f"{number:,} {name}{'' if number == 1 else 'es' if name.endswith('s') else 's'}"

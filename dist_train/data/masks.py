@@ -85,10 +85,10 @@ def image_masks(
     files = image_paths(part / images)
     if not files:
         raise UserError(f"{part / images}: holds no images.")
-    there = {path for path in image_paths(part / masks) if path.suffix.lower() == ".png"}
+    present = {path for path in image_paths(part / masks) if path.suffix.lower() == ".png"}
     pairs = [(file, part / masks / file.relative_to(part / images).with_suffix(".png")) for file in files]
     for file, mask in pairs:
-        if mask not in there:
+        if mask not in present:
             raise UserError(f"{as_text(file)}: has no mask; there is no {as_text(mask)}{near_path(mask)}.")
     return ImageMasks(files, [mask for _, mask in pairs], [str(name) for name in classes], channels)
 

@@ -16,20 +16,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
-from dist_train.record.history import read_attempts as read_attempts
-from dist_train.record.history import read_lines as read_lines
-from dist_train.record.history import read_metrics as read_metrics
-from dist_train.record.history import read_status as read_status
-from dist_train.record.terminal import Progress, clock, counted
+from dist_train.record.account import Account
+from dist_train.record.history import read_lines, read_status
+from dist_train.record.terminal import Progress
 from dist_train.record.wandb import Mirror
 
-SECONDS = ("productive", "saving", "waiting for data", "starting", "lost")
 UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
 LONG_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
 STATUS_SECONDS = 1  # how old status.json may be: replacing a file can wait for the disk
@@ -221,44 +217,6 @@ class Record:
             self._mirror.close(state == "failed", summary)
         for lines in (self._metrics, self._log, self._bad):
             lines.close()
-
-
-@dataclass
-class Account:
-    """Where a run's time went, over all its attempts."""
-
-    before: float  # seconds of the attempts before this one
-    lost_steps: int  # steps that were done again, since no checkpoint held them
-    seconds: dict[str, float]
-
-    @classmethod
-    def after(cls, status: dict[str, Any], resumed: int) -> Account:
-        """The account of an attempt that goes on from step `resumed`, after one that left `status`."""
-        old = status.get("seconds", {})
-        account = cls(
-            before=max(0.0, float(old.get("total", 0.0))),
-            lost_steps=int(status.get("lost_steps", 0)),
-            seconds={name: max(0.0, float(old.get(name, 0.0))) for name in SECONDS},
-        )
-        done = int(status.get("step", 0))
-        if done > resumed:  # what they cost is known on average only
-            share = (done - resumed) / (done + account.lost_steps)
-            moved = account.seconds["productive"] * share
-            account.seconds["productive"] -= moved
-            account.seconds["lost"] += moved
-            account.lost_steps += done - resumed
-        return account
-
-    def goodput(self, total: float) -> float:
-        """The share of `total` seconds that was productive."""
-        return self.seconds["productive"] / max(total, 1e-9)
-
-    def in_words(self, total: float, attempts: int) -> str:
-        """The account as a line of text."""
-        parts = ", ".join(f"{name} {clock(value)}" for name, value in self.seconds.items() if value >= 0.5)
-        lost = f", {counted(self.lost_steps, 'step')} done again" if self.lost_steps else ""
-        share = f"{self.goodput(total):.0%} of {clock(total)}"
-        return f"goodput {share} in {counted(attempts, 'attempt')}{lost} ({parts or 'all under 1s'})"
 
 
 class Lines:

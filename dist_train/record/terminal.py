@@ -89,11 +89,6 @@ def clock(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
-def counted(number: int, name: str) -> str:
-    """A number with its noun: `1 process`, `4,690 steps`."""
-    return f"{number:,} {name}{'' if number == 1 else 'es' if name.endswith('s') else 's'}"
-
-
 def _bar() -> Any:
     from rich.console import Console
     from rich.progress import (

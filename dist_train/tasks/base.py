@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dist_train.config import counted
 from dist_train.config.errors import UserError
 from dist_train.data import Batch
-from dist_train.record.terminal import counted
 
 Losses = (
     tuple[torch.Tensor, torch.Tensor | None]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from tests.distributed.ranks import last, same_bits, start, status, train, train_command
 
 # A shuffled epoch has 94 steps, the last one short; checkpoints, rows and evaluations lie across each other.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from dist_train.tree import Subtrees, tree_sum
 from tests.distributed.ranks import ROOT, equal, last, train
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from dist_train.checkpoint import newest_first
-from dist_train.record.record import read_lines, read_metrics, read_status
+from dist_train.record.history import read_lines, read_metrics, read_status
 from tests.distributed.ranks import last, same_bits, train
 from tests.processes import environment, kill, lives
 from tests.worlds import write_npz

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.checkpoint import load, newest_first
-from dist_train.record.record import read_metrics, read_status
+from dist_train.record.history import read_metrics, read_status
 from tests import warm
 from tests.distributed.ranks import same_bits
 from tests.processes import environment

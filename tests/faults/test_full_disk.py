@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.checkpoint import newest_first, step_of
-from dist_train.record.record import read_lines, read_status
+from dist_train.record.history import read_lines, read_status
 from tests.warm import Process
 from tests.worlds import SMALL, write_npz
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.record.record import read_metrics, read_status
+from dist_train.record.history import read_metrics, read_status
 from dist_train.replay import replay
 from dist_train.snapshot import to_cpu
 from tests.distributed.ranks import equal, last, same_bits

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.record.record import read_status
+from dist_train.record.history import read_status
 from tests.distributed.ranks import equal, last, same_bits
 from tests.processes import Finished, finish
 from tests.warm import Process

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_train.record.record import read_metrics
+from dist_train.record.history import read_metrics
 from tests.processes import REPO, environment
 from tests.slurm.cluster import Cluster
 
