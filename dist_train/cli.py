@@ -182,18 +182,24 @@ def replay(
 def verify(
     arguments: Configs,
     kills: Annotated[int, typer.Option(min=1, help="How often the job is killed.")] = 3,
-    processes: Annotated[int, typer.Option(min=1, help="Ranks of the job.")] = 1,
+    processes: Annotated[
+        str, typer.Option(help="Ranks of the job; several numbers, as 1,2,4, must give the same bits.")
+    ] = "1",
     steps: Annotated[int, typer.Option(min=3, help="Optimizer steps of the job.")] = 30,
     seed: Annotated[int, typer.Option(help="Chooses where it is killed.")] = 0,
 ) -> None:
-    """Prove on your own job that a killed run ends as an undisturbed one, bit for bit."""
+    """Prove on your own job that a killed run, and one on other numbers of ranks, gives the same bits."""
     config = load_words(arguments, _say)
+    numbers = [word.strip() for word in processes.split(",")]
+    if not all(word.isdecimal() and int(word) for word in numbers):
+        raise UserError(f"--processes: a number, or several as 1,2,4, not '{processes}'.")
     import tempfile
 
-    from dist_train.verify import verify
+    from dist_train.verify import Trial, verify
 
+    trial = Trial(steps, kills, tuple(map(int, numbers)), seed)
     with tempfile.TemporaryDirectory(prefix="dist-train-verify-") as folder:
-        differences = verify(config, Path(folder), steps, kills, processes, seed, print)
+        differences = verify(config, Path(folder), trial, print)
     if differences:
         raise RunError("\n".join(differences))
     print("identical bit for bit: samples, inputs, targets, losses, weights and averages of every step")

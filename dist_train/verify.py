@@ -1,19 +1,22 @@
-"""Proof on a user's own job: killed and gone on, does it end as if nobody had disturbed it?
+"""Proof on a user's own job: killed and gone on, and on other numbers of processes, are its bits the same?
 
-The job is trained for a few steps, then again with SIGKILLs at random steps, each time by the command that a
-user would give. Then what each step read and the weights after each step are compared, bit for bit.
+The job is trained for a few steps, then on each other number of processes, then with SIGKILLs at random steps
+and another number of processes after each; always by the command that a user would give. Then what each step
+read, the losses and the weights after each step are compared, bit for bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +24,70 @@ import psutil
 import torch
 
 from dist_train import checkpoint, data
-from dist_train.config import Config, RunError, UserError, to_yaml
+from dist_train.config import Config, RunError, UserError, counted, to_yaml
 from dist_train.data.transforms import ImageTransform
+from dist_train.parts import keeps_bits, part_size, parts_per_rank
 from dist_train.record.history import read_lines, read_metrics
 from dist_train.seeds import seed_sample
 
 KILL_SECONDS = 600  # how long to wait for the step at which to kill
 
 
-def verify(
-    config: Config,
-    folder: Path,
-    steps: int,
-    kills: int,
-    processes: int,
-    seed: int,
-    say: Callable[[str], None],
-) -> list[str]:
-    """Trains twice in `folder`, undisturbed and killed; returns what differs, one sentence each.
+@dataclass(frozen=True)
+class Trial:
+    """What a job is put to."""
 
-    Args:
-        steps: optimizer steps of each training.
-        seed: chooses the steps at which it is killed.
+    steps: int = 30  # optimizer steps of each training
+    kills: int = 3
+    processes: tuple[int, ...] = (1,)
+    seed: int = 0  # chooses the steps at which it is killed
 
-    Raises UserError if the job can't be trained at all.
+
+def verify(config: Config, folder: Path, trial: Trial, say: Callable[[str], None]) -> list[str]:
+    """Trains several times in `folder`; returns what differs from the first time, one sentence each.
+
+    Raises UserError if the job can't be trained at all, or not on so many processes with the same bits.
     """
     config = replace(
         config,
         resume="auto",
-        train=replace(config.train, epochs=None, steps=steps),
+        train=replace(config.train, epochs=None, steps=trial.steps, parts=_parts(config, trial.processes)),
         eval=replace(config.eval, every="never"),
-        checkpoint=replace(config.checkpoint, every=1, keep=steps + 1),
+        checkpoint=replace(config.checkpoint, every=1, keep=trial.steps + 1),
         log=replace(config.log, every=1, batches=True),
         wandb=replace(config.wandb, mode="disabled"),
     )
-    undisturbed, killed = folder / "undisturbed", folder / "killed"
-    say(f"training {steps} steps, undisturbed")
-    _train(config, undisturbed, processes)
-    for step in sorted(random.Random(seed).sample(range(1, max(steps - 1, kills + 1)), kills)):
-        _train(config, killed, processes, step)
-        say(f"killed after step {step}")
+    first, *others = trial.processes
+    say(f"training {counted(trial.steps, 'step')} on {counted(first, 'process')}, undisturbed")
+    _train(config, folder / "undisturbed", first)
+    found = []
+    for number in others:
+        say(f"training on {counted(number, 'process')}")
+        _train(config, run := folder / f"on-{number}", number)
+        found += [f"on {number}: {text}" for text in _differences(config, folder / "undisturbed", run)]
+    killed = folder / "killed"
+    steps = random.Random(trial.seed).sample(range(1, max(trial.steps - 1, trial.kills + 1)), trial.kills)
+    for number, step in zip(cycle(trial.processes), sorted(steps)):
+        _train(config, killed, number, step)
+        say(f"killed after step {step} on {counted(number, 'process')}")
     say("going on to the end")
-    _train(config, killed, processes)
-    return list(_differences(config, undisturbed, killed))
+    _train(config, killed, trial.processes[trial.kills % len(trial.processes)])
+    return found + list(_differences(config, folder / "undisturbed", killed))
+
+
+def _parts(config: Config, processes: Sequence[int]) -> int:
+    """Parts of a step that all these numbers of processes can share."""
+    train = config.train
+    parts = train.parts or math.lcm(*processes) * train.accumulate
+    for number in processes:
+        parts_per_rank(parts, number)
+        if len(processes) > 1 and not keeps_bits(parts, number):
+            raise UserError(
+                f"--processes: {number} processes can't hold whole subtrees of {parts} parts, so their bits"
+                " differ from those of others; use powers of two, such as 1,2,4."
+            )
+    part_size(train.batch_size, parts, processes[-1], train.accumulate)
+    return parts
 
 
 def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
@@ -123,30 +147,27 @@ def _differences(config: Config, one: Path, other: Path) -> Iterator[str]:
             culprit = f": {_culprit(config)}" if name == "inputs" else ""
             yield f"{what}: differ from step {min(steps)} on{culprit}"
     rows_one, rows_other = ({row["step"]: row for row in read_metrics(run)} for run in (one, other))
-    for name in ("train/loss", "lr"):
+    for name in ("train/loss", "train/grad_norm", "lr"):
         steps = [n for n, row in rows_one.items() if row.get(name) != rows_other.get(n, {}).get(name)]
         if steps:
             yield f"{name}: differs from step {min(steps)} on"
     for path in reversed(checkpoint.newest_first(one / "checkpoints")):
         twin = other / "checkpoints" / path.name
         if not twin.exists():
-            yield f"weights: the killed run has no checkpoint of step {checkpoint.step_of(path)}"
+            yield f"weights: the other run has no checkpoint of step {checkpoint.step_of(path)}"
             return
         if names := _unequal(checkpoint.load(path), checkpoint.load(twin)):
             yield f"weights: differ from step {checkpoint.step_of(path)} on, first in {names[0]}"
             return
 
 
-def _batches(run: Path) -> dict[tuple[int, str, int], dict[str, Any]]:
-    """What each rank read for each micro-batch of each step, as the last attempt that came to it did."""
-    found: dict[tuple[int, str, int], dict[str, Any]] = {}
+def _batches(run: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """What was read for each part of each step, as the last attempt did that came to it."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     files = (run / "batches").glob("attempt-*-rank-*.jsonl")
     for path in sorted(files, key=lambda path: int(path.name.split("-")[1])):
-        rank, step, micro = path.stem.split("-")[-1], 0, 0
         for line in read_lines(path):
-            micro = micro + 1 if line["step"] == step else 0
-            step = line["step"]
-            found[step, rank, micro] = line
+            found[line["step"], line["part"]] = line
     return found
 
 

@@ -282,3 +282,23 @@ def test_a_mistake_that_is_found_late_leaves_no_threads_that_would_abort_the_end
     (tmp_path / "fails.py").write_text(FAILS.replace("WORDS", repr([*small, "run.dir=fails.py"])))
     for rank in ranks(2, "fails.py"):
         assert rank.rc == 0 and "can't be written: Not a directory. []" in rank.out, rank
+
+
+def test_each_row_is_handed_to_a_function_of_ones_own_which_may_stop_the_run(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    from dist_train.record.history import read_metrics
+
+    seen: list[dict[str, Any]] = []
+
+    def on_row(row: dict[str, Any]) -> bool:
+        seen.append(row)
+        return not (row["kind"] == "eval" and row["step"] >= 6)
+
+    words = [*small, "eval.every=3", "log.every=2"]
+    result = here(*words, on_row=on_row)
+    assert (result.state, tmp_path / result.folder) == ("interrupted", tmp_path / "runs/run")
+    assert 6 <= result.step < 12
+    assert seen == read_metrics(tmp_path / "runs" / "run")
+    assert {row["kind"] for row in seen} == {"train", "eval"}
+    assert here(*words, on_row=lambda row: None).state == "completed"  # nothing returned asks for nothing

@@ -43,6 +43,24 @@ def test_a_job_whose_random_numbers_are_keyed_passes_on_several_processes(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
+def test_a_job_is_the_same_on_one_two_and_four_processes_and_killed_between_them(
+    cli: Callable[..., Finished], npz: Path, tmp_path: Path
+) -> None:
+    job = ["model.name=cnn", "model.args={widths: [4, 8], dropout: 0.2}", "precision=bf16", "train.ema=0.9"]
+    result = cli("verify", *WORDS, *job, "model.args.dropout=0.2", "--processes=1,2,4", timeout=400)
+    assert result.rc == 0, result
+    assert "killed after step" in result.out and "on 2 processes" in result.out
+    assert "identical bit for bit" in result.out
+
+
+def test_processes_whose_bits_must_differ_are_refused(cli: Callable[..., Finished], npz: Path) -> None:
+    result = cli("verify", *WORDS, "train.batch_size=18", "--processes=1,2,3")
+    assert result.rc == 2 and "2 processes can't hold whole subtrees of 6 parts" in result.err, result
+    result = cli("verify", *WORDS, "--processes=1,x")
+    assert result.rc == 2 and "as 1,2,4, not '1,x'" in result.err, result
+
+
 def test_a_transform_with_random_numbers_of_its_own_is_named(
     cli: Callable[..., Finished], npz: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def recorded(batches: Iterable[Batch], path: Path) -> Iterator[Batch]:
         for batch in batches:
             line = {
                 "step": batch.part.step + 1,
+                "part": batch.part.number,
                 "samples": batch.part.indices[: batch.part.size].tolist(),
                 "inputs": _checksum(batch.inputs),
                 "targets": _checksum(batch.targets),
