@@ -79,6 +79,7 @@ class Checkpoints:
         self._whole: dict[str, bool] = {}  # by name: those that were written or verified by this process
         self._writer: threading.Thread | None = None
         self._copy: Any = None
+        self._writes = is_on
 
     def go_on(self, step: int, best: float | None, best_step: int | None) -> None:
         """Begins with the checkpoint of `step`, which is whole, and the best of those that are there."""
@@ -89,7 +90,7 @@ class Checkpoints:
 
     def save(self, state: dict[str, Any]) -> None:
         """Copies `state` to memory, then writes it in a thread; waits first for the save before it."""
-        if not self.is_on:
+        if not self._writes:
             return
         begin = time.monotonic()
         self.wait()
@@ -384,12 +385,13 @@ def _bring_up(state: dict[str, Any]) -> None:
         state["parts"] = state["world_size"] * accumulate
 
 
-def save_weights(path: Path, model: torch.nn.Module, metadata: dict[str, str]) -> None:
-    """The model's weights alone, as a safetensors file that any library reads."""
+def save_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) -> None:
+    """The weights of a model's state_dict alone, as a safetensors file that any library reads."""
     from safetensors.torch import save
 
-    values = model.state_dict().items()
-    tensors = {name: value for name, value in values if isinstance(value, torch.Tensor)}  # no extra state
+    tensors = {
+        name: value for name, value in weights.items() if isinstance(value, torch.Tensor)
+    }  # no extra state
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     seen: dict[int, str] = {}
     for name, value in state.items():  # safetensors stores no shared memory

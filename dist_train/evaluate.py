@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ def evaluate(
     ranks: Runtime,
     channels_last: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    filler: Batch | None = None,
 ) -> tuple[dict[str, float], Unread]:
     """What the task reports of the sums over all ranks' batches, as `eval/<name>`; and the samples that
     could not be read and count nowhere, with the reason.
@@ -35,6 +36,8 @@ def evaluate(
     Args:
         model: the bare model, not its DDP wrapper; left in the mode that it was in.
         batches: this rank's share of the eval set.
+        filler: for a model that ranks compute together: what a rank computes, and counts nowhere, while
+            others have more batches.
     """
     training = model.training
     model.eval()
@@ -43,12 +46,16 @@ def evaluate(
     names: set[frozenset[str]] = set()
     stopped = False
     unread: Unread = []
-    for batch in batches:
-        if stopped := stop():
+    filler = filler and filler.to(ranks.device, channels_last)
+    for batch in _in_step(batches, filler, ranks, stop) if filler else _alone(batches, stop):
+        if stopped := batch is None:
             break
-        batch = batch.to(ranks.device, channels_last)
-        unread += batch.bad
-        if not batch.rows:  # none of it could be read
+        if batch is not filler:
+            batch = batch.to(ranks.device, channels_last)
+            unread += batch.bad
+        if batch is filler or not batch.rows:  # without rows none of it could be read
+            if filler:
+                task.sums(model, filler)
             continue
         sums = task.sums(model, batch)
         names.add(frozenset(sums))
@@ -80,6 +87,28 @@ def evaluate(
         numbers = [whole[name] for _, whole, *_ in gathered if name in whole]
         total[name] = _sum(torch.cat(some)) if some else torch.stack(numbers).sum(0)
     return {f"eval/{name}": value for name, value in task.report(total).items()}, unread
+
+
+def _alone(batches: Iterable[Batch], stop: Callable[[], bool]) -> Iterator[Batch | None]:
+    """This rank's batches; None ends them ahead of their end."""
+    for batch in batches:
+        yield None if stop() else batch
+
+
+def _in_step(
+    batches: Iterable[Batch], filler: Batch, ranks: Runtime, stop: Callable[[], bool]
+) -> Iterator[Batch | None]:
+    """As many batches on each rank, the last ones the `filler`; None on all when one is asked to stop."""
+    own = iter(batches)
+    while True:
+        batch = next(own, None)
+        asked = torch.tensor([batch is not None, stop()], dtype=torch.float32, device=ranks.device)
+        more, stopped = ranks.sum(asked).tolist()
+        if stopped:
+            yield None
+        if not more:
+            return
+        yield filler if batch is None else batch
 
 
 def _sum(column: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ one optimizer step; the same bits come out for any number of processes that can 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -18,12 +19,16 @@ from dist_train.config import Config, UserError, to_mapping
 from dist_train.data import Batch, Data, first_batch
 from dist_train.evaluate import Unread, evaluate
 from dist_train.meters import Best
-from dist_train.parallel import Parallel
+from dist_train.parallel import Parallel, spread
 from dist_train.parts import default_parts, parts_per_rank
+from dist_train.rows import rows_of
 from dist_train.runtime import Runtime
 from dist_train.seeds import key, seed_device, seed_weights
+from dist_train.sharded import Wanted
 from dist_train.tasks import Task
 from dist_train.tree import tree_sum
+
+MOMENT = re.compile(r"optimizer/state/(\d+)/")  # how saved tensors of the optimizer are named
 
 
 class Step(NamedTuple):
@@ -59,10 +64,9 @@ class Learner:
         with ranks.together():
             self.model = _build(config, ranks, data, task, model)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
-        self.parallel = Parallel(config, ranks, self.model)
+        self.parallel = spread(config, ranks, self.model)
         if self.average is not None:
-            self.average.load_state_dict(self.model.state_dict())  # rank 0's
-            self.average = ranks.accelerator.prepare_model(self.average, evaluation_mode=True)
+            self.average = self.parallel.follow(self.average)
         with ranks.together():
             self.optimizer = optim.build(config, self.model)
         # Accelerate's wrapper of the optimizer costs 60 us a step, and only fp16's loss scale needs it.
@@ -75,6 +79,8 @@ class Learner:
         if self.average is not None:
             self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
         self.model.train()
+        # Of a model that ranks compute together each one computes as many batches as the others.
+        self._filler = first_batch(data.eval) if self.parallel.is_collective else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,7 +134,7 @@ class Learner:
             rows = self.parallel.row_norms()
             norm = torch.linalg.vector_norm(torch.cat(rows))
             if train.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(self.parallel.weights, train.clip_norm, norm)
+                self.parallel.clip(norm, train.clip_norm)
             skipped = skipping and not norm.isfinite()  # the same on all ranks
         if not skipped or self.scaler:  # the scaler skips by itself, and lowers its scale
             self._stepping.step()
@@ -150,11 +156,20 @@ class Learner:
 
     def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
         """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
-        return evaluate(self.evaluated, batches, self.task, self.ranks, self.config.channels_last, stop)
+        return evaluate(
+            self.evaluated, batches, self.task, self.ranks, self.config.channels_last, stop, self._filler
+        )
+
+    def weights(self) -> dict[str, Any]:
+        """The state of the evaluated model, whole on rank 0. All ranks come here together."""
+        return dict(self.parallel.whole(self.evaluated.state_dict()))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes in it, by the names of the model."""
-        return {
+        """All that changes in it, by the names of the model: whole on rank 0, or as it is spread.
+
+        All ranks come here together.
+        """
+        state = {
             "step": self.step,
             "skipped": self.skipped,
             "parts": self.parts,
@@ -163,6 +178,28 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
+        return state if self.config.checkpoint.sharded else dict(self.parallel.whole(state))
+
+    def wanted(self) -> Wanted:
+        """Which rows this rank holds of each tensor of a saved state, as `sharded.load` asks for them."""
+        like = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            like |= {f"average/{name}": value for name, value in self.average.state_dict().items()}
+        weights = self._optimized()
+
+        def rows(name: str, shape: torch.Size) -> tuple[int, int]:
+            tensor = like.get(name)
+            if (number := MOMENT.match(name)) and int(number[1]) < len(weights):
+                tensor = weights[int(number[1])]
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+                tensor = torch.empty(shape, device="meta")  # all of it
+            return rows_of(tensor)
+
+        return rows
+
+    def _optimized(self) -> list[torch.Tensor]:
+        """The weights in the order in which the optimizer numbers them."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def load_state_dict(self, saved: dict[str, Any], where: str) -> None:
         """Takes over what `state_dict` gave. Raises UserError, naming `where`, if it does not fit.
@@ -171,17 +208,26 @@ class Learner:
             saved: a checkpoint, whose configuration tells which of the optimizer's arguments are others now.
         """
         try:
-            self.model.load_state_dict(saved["model"])
+            _fill(self.parallel, self.model, saved["model"])
             if self.average is not None:
-                self.average.load_state_dict(saved["average"] or saved["model"])
+                _fill(self.parallel, self.average, saved["average"] or saved["model"])
             changed = saved["config"]["optim"]["args"] != to_mapping(self.config)["optim"]["args"]
-            _restore_optimizer(self.optimizer, saved["optimizer"], changed)
-        except (RuntimeError, ValueError) as error:
+            weights = self._optimized()
+            moments = {
+                number: self.parallel.shares(values, dict.fromkeys(values, weights[number]))
+                for number, values in saved["optimizer"]["state"].items()
+            }
+            _restore_optimizer(self.optimizer, saved["optimizer"] | {"state": moments}, changed)
+        except (RuntimeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{where}: does not fit the model of this configuration: {reason}") from None
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.skipped = saved["step"], saved.get("skipped", 0)
+
+
+def _fill(parallel: Parallel, module: nn.Module, values: dict[str, Any]) -> None:
+    module.load_state_dict(parallel.shares(values, module.state_dict()))
 
 
 def _weigh(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, Every, UserError, construct, counted, import_object, nearest
+from dist_train.rows import local
 
 
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -169,7 +170,7 @@ def average_updater(average: nn.Module, model: nn.Module, decay: float) -> Calla
     pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]  # not what get_extra_state gives
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     others = [pair for pair in pairs if not pair[0].is_floating_point()]
-    old, new = [pair[0] for pair in floats], [pair[1] for pair in floats]
+    old, new = [local(pair[0]) for pair in floats], [local(pair[1]) for pair in floats]  # if sharded
 
     @torch.no_grad()
     def update(step: int) -> None:

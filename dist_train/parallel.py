@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +30,12 @@ class Parallel:
         model: on its device; its names are those of the state.
     """
 
+    is_collective = False  # whether a rank can't compute the model without the others
+
     def __init__(self, config: Config, ranks: Runtime, model: nn.Module) -> None:
-        self.ranks, self.model = ranks, model
+        self.config, self.ranks, self.model = config, ranks, model
         self.in_order = config.train.same_bits
-        # One call wraps the model: autocast, and DDP where there are several ranks.
-        self.called: nn.Module = ranks.accelerator.prepare_model(model)
+        self.called = self._spread()
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._subtrees = Subtrees()
         self.buffers = Buffers(ranks, model)
@@ -44,8 +46,20 @@ class Parallel:
             buckets = BucketSum(self.weights, self._subtrees, ranks.world_size)
             # DDP refuses annotations that are texts, so it gets a function without any.
             self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
-        if config.compile:
-            model.compile()
+
+    def _spread(self) -> nn.Module:
+        """Spreads the model over all ranks; returns what a step calls."""
+        # One call wraps the model: autocast, and DDP where there are several ranks.
+        called: nn.Module = self.ranks.accelerator.prepare_model(self.model)
+        if self.config.compile:
+            self.model.compile()
+        return called
+
+    def follow(self, average: nn.Module) -> nn.Module:
+        """A moving average, from a copy of the model, which begins with the model's weights."""
+        average.load_state_dict(self.model.state_dict())  # rank 0's
+        prepared: nn.Module = self.ranks.accelerator.prepare_model(average, evaluation_mode=True)
+        return prepared
 
     @property
     def share(self) -> float:
@@ -87,7 +101,28 @@ class Parallel:
         A row lies on one rank, however a model is sharded, so they are the same for all ways to spread it.
         """
         zero = torch.zeros(1, device=self.ranks.device)
-        return [zero if weight.grad is None else _row_norms(weight.grad) for weight in self.weights]
+        return [zero if weight.grad is None else row_norms(weight.grad) for weight in self.weights]
+
+    def clip(self, norm: torch.Tensor, most: float) -> None:
+        """Scales a gradient of this norm to one of `most`, if it is greater."""
+        self.scale(torch.clamp(most / (norm + 1e-6), max=1.0))
+
+    def shares(self, values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+        """What this rank holds of saved `values`, each spread as the tensor in `like` of its name."""
+        return values
+
+    def whole(self, state: Any) -> Any:
+        """`state` as one file holds it, on rank 0; of no use on other ranks, which must all come here."""
+        return state
+
+
+def spread(config: Config, ranks: Runtime, model: nn.Module) -> Parallel:
+    """A model on all ranks, as the configuration wants it. Raises UserError if that is impossible."""
+    if config.parallel.name == "fsdp" and ranks.world_size > 1:
+        from dist_train.fsdp import Sharded  # takes a second to import
+
+        return Sharded(config, ranks, model)
+    return Parallel(config, ranks, model)
 
 
 class BucketSum:
@@ -197,7 +232,8 @@ def _fill(buffers: list[torch.Tensor], flat: torch.Tensor) -> None:
         torch._foreach_copy_(buffers, [p.view_as(b) for p, b in zip(pieces, buffers, strict=True)])
 
 
-def _row_norms(gradient: torch.Tensor) -> torch.Tensor:
+def row_norms(gradient: torch.Tensor) -> torch.Tensor:
+    """The norm of each row of a gradient `[R, ...]`."""
     if gradient.ndim < 2:
         return gradient.abs().flatten()
     return torch.linalg.vector_norm(gradient.flatten(1), dim=1)

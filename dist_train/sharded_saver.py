@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
 
 from dist_train.checkpoint import Checkpoints, reason_of, step_of
 from dist_train.config import UserError
 from dist_train.files import sync_folder, write_atomically
+from dist_train.rows import held
 from dist_train.sharded import DTYPES, FORMAT, MANIFEST, dump, is_covered, rows
 from dist_train.snapshot import PLAIN, is_finite, to_cpu
 
@@ -59,45 +59,15 @@ def cut(state: Mapping[str, Any], rank: int, world_size: int) -> Part:
         if tensor.dtype not in NAMES or tensor.layout != torch.strided:
             raise UserError(f"a sharded checkpoint can't hold {name}, a {tensor.layout} of {tensor.dtype}.")
         part.shapes[name] = NAMES[tensor.dtype], list(tensor.shape)
-        if not isinstance(tensor, DTensor):
-            whole[name] = tensor
-            continue
-        local, first, is_first = _local(tensor, name)
+        values, first, is_first = held(tensor, name)
         if first is None:
-            whole[name] = local
-        elif is_first and len(local):
-            part.tensors[name], part.first[name] = local, first
+            whole[name] = values
+        elif is_first and len(values):
+            part.tensors[name], part.first[name] = values, first
     for name, owner in _owners(whole, world_size).items():
         if owner == rank:
             part.tensors[name], part.first[name] = whole[name], 0
     return part
-
-
-def rows_of(tensor: torch.Tensor, name: str = "tensor") -> tuple[int, int]:
-    """The first row of a tensor that this rank holds, and how many it holds: all, if it isn't sharded.
-
-    Raises UserError for one that is cut otherwise than by rows.
-    """
-    if not isinstance(tensor, DTensor):
-        return 0, rows(tensor.shape)
-    local, first, _ = _local(tensor, name)
-    return first or 0, rows(local.shape)
-
-
-def _local(tensor: DTensor, name: str) -> tuple[torch.Tensor, int | None, bool]:
-    """What this rank holds, from which row on (None: all), and whether it is the first to hold it."""
-    mesh, first, is_first = tensor.device_mesh, None, True
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        raise UserError(f"{name} is spread over some of the ranks; only what all of them share can be saved.")
-    for size, placement, here in zip(mesh.shape, tensor.placements, coordinate, strict=True):
-        if placement.is_replicate():
-            is_first &= here == 0
-        elif type(placement) is Shard and placement.dim == 0 and first is None:
-            first = min(here * -(-tensor.shape[0] // size), tensor.shape[0])  # as torch.chunk cuts it
-        else:
-            raise UserError(f"{name} is spread as {tensor.placements}; only one cut by rows can be saved.")
-    return tensor.to_local().detach(), first, is_first
 
 
 def _owners(tensors: dict[str, torch.Tensor], world_size: int) -> dict[str, int]:
@@ -233,9 +203,10 @@ class ShardedCheckpoints(Checkpoints):
     ) -> None:
         self._ranks, self._seconds = ranks, seconds
         self._cancelled, self._lost = threading.Event(), ""
-        super().__init__(run, keep, say)
+        super().__init__(run, keep, say, ranks.rank == 0)
+        self._writes = True
         # No rank of an attempt that is over, but has not noticed, writes where this one does.
-        self._attempt, self._saves = ranks.from_main(os.urandom(4).hex()), 0
+        self._attempt, self._saves = os.urandom(4).hex(), 0  # rank 0's, from the first `wait` on
 
     def wait(self) -> str:
         """Waits until the save in flight is durable on all ranks; returns why it failed, or nothing."""
@@ -249,8 +220,8 @@ class ShardedCheckpoints(Checkpoints):
             super().wait()
             self._clear()  # all threads are at rest
             self._cancelled.clear()
-        outcome = self.failure, self.best, self.best_step
-        self.failure, self.best, self.best_step = self._ranks.from_main(outcome)
+        outcome = self.failure, self.best, self.best_step, self._attempt
+        self.failure, self.best, self.best_step, self._attempt = self._ranks.from_main(outcome)
         return self.failure
 
     def close(self) -> None:
@@ -299,16 +270,17 @@ class ShardedCheckpoints(Checkpoints):
         super()._fail(path, why)
         self.failure = why if self._ranks.rank > 0 else self.failure
 
-    def _clear(self) -> None:
-        if self._ranks.rank == 0:
-            super()._clear()
-
 
 class Ranks(Protocol):
     """What is needed of this process's place among the others: see runtime.py."""
 
-    rank: int
-    world_size: int
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks, on every rank."""

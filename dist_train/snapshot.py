@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train.rows import is_sharded
+
 PLAIN = (int, float, bool, str, bytes, type(None))
 
 
@@ -48,7 +50,7 @@ def unreadable(value: Any, name: str = "") -> str:
     Reading runs no code (`weights_only=True`), so it knows tensors, plain values, and what
     torch.serialization.add_safe_globals allows.
     """
-    if type(value) in (*PLAIN, torch.Tensor, nn.Parameter):
+    if type(value) in (*PLAIN, torch.Tensor, nn.Parameter) or is_sharded(value):
         return ""
     is_dict = isinstance(value, dict)
     if is_dict or type(value) in (list, tuple, torch.Size):

@@ -85,13 +85,13 @@ def best_so_far(
             return None, None
         if state.best_step is not None:
             try:
-                checkpoint.verify(folder / checkpoint.name_of(state.best_step))
+                checkpoint.verify(checkpoint.path_of(folder, state.best_step))
                 return state.best, state.best_step
             except checkpoint.Damaged as error:
                 say(f"{error} The best of those that are left takes its place.")
     value = step = None
     for path in reversed(files):  # of equal ones the first is the best
-        metrics = checkpoint.load(path, verified=True)["metrics"] if checkpoint.is_whole(path) else {}
+        metrics = _metrics(path)
         if best.metric in metrics and best.improves(metrics, value):
             value, step = metrics[best.metric], checkpoint.step_of(path)
     if state.best_by != by:
@@ -100,13 +100,20 @@ def best_so_far(
     return value, step
 
 
+def _metrics(path: Path) -> dict[str, float]:
+    """The evaluation that a checkpoint holds; nothing of a damaged one."""
+    if not checkpoint.is_whole(path):
+        return {}
+    return checkpoint.load(path, verified=True, wanted=lambda name, shape: (0, 0))["metrics"]
+
+
 def restore(config: Config, path: Path, state: State, allow_changes: bool = False) -> list[str]:
     """Fills `state` from a checkpoint; returns notes for the user.
 
     Raises UserError if the configuration differs in a way that would make it another training, unless
     that is allowed; and where so many processes can't share the parts of a step.
     """
-    saved = checkpoint.load(path, verified=True)
+    saved = checkpoint.load(path, verified=True, wanted=state.learner.wanted())
     own = path.parent.resolve() == (config.run_dir / "checkpoints").resolve()
     before = completed(saved["config"])  # with the keys that are new since then
     differences = list(changes(before, to_mapping(config)))

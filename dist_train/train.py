@@ -206,7 +206,7 @@ def _write_config(config: Config, ranks: Runtime) -> None:
 def _open(job: Job, state: State, by: str, record: Record, notes: list[str]) -> checkpoint.Checkpoints:
     """Where checkpoints go, `by` tells which is the best; the record of the attempt begins with `notes`."""
     config = job.config
-    saver = checkpoint.Checkpoints(config.run_dir, config.checkpoint.keep, record.warn, job.ranks.is_main)
+    saver = _saver(config, job.ranks, record)
     for note in notes:
         record.say(note)
     record.mirror(config)
@@ -215,6 +215,15 @@ def _open(job: Job, state: State, by: str, record: Record, notes: list[str]) -> 
         if checkpoint.newest_first(saver.folder):  # else the state is that of another run, or the first
             saver.go_on(state.step, best, best_step)
     return saver
+
+
+def _saver(config: Config, ranks: Runtime, record: Record) -> checkpoint.Checkpoints:
+    run, keep = config.run_dir, config.checkpoint.keep
+    if not config.checkpoint.sharded:
+        return checkpoint.Checkpoints(run, keep, record.warn, ranks.is_main)
+    from dist_train.sharded_saver import ShardedCheckpoints  # takes a second to import
+
+    return ShardedCheckpoints(run, keep, record.warn, ranks, config.timeout_seconds)
 
 
 def _check_length(config: Config, start: Path, step: int, total: int) -> None:

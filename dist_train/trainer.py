@@ -244,10 +244,11 @@ class Trainer:
         """Leaves what a complete run leaves: checkpoints that are kept, and the weights alone."""
         failure, run = "", self.config.run_dir
         names = {"classes": "\n".join(map(str, self.job.data.classes))}
+        weights = self.learner.weights()
         try:
             self.saver.prune()  # where an attempt was killed between its last save and this
             if self.ranks.is_main:
-                checkpoint.save_weights(run / "model.safetensors", self.learner.evaluated, names)
+                checkpoint.save_weights(run / "model.safetensors", weights, names)
         except OSError as error:
             failure = f"{run}/model.safetensors could not be written: {error.strerror}"
         if failure := self.ranks.from_main(failure):

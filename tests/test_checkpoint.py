@@ -174,7 +174,7 @@ def test_weights_are_exported_as_safetensors_with_the_class_names(
 def test_weights_that_are_shared_between_layers_are_exported_too(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    checkpoint.save_weights(tmp_path / "shared.safetensors", model, {})
+    checkpoint.save_weights(tmp_path / "shared.safetensors", model.state_dict(), {})
     with safe_open(tmp_path / "shared.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
         assert torch.equal(file.get_tensor("1.weight"), model[0].weight)
 

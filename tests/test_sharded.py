@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from dist_train import checkpoint, sharded, sharded_saver
 from dist_train.config import UserError
 from dist_train.files import Damaged
+from dist_train.rows import rows_of
 from dist_train.sharded_saver import ShardedCheckpoints
 from tests.distributed.group import Group, on_ranks
 from tests.distributed.ranks import equal
@@ -147,7 +148,7 @@ def _read_rows(group: Group) -> None:
 
     def wanted(name: str, shape: torch.Size) -> tuple[int, int]:
         assert shape == of_name[name].shape
-        first, count = sharded_saver.rows_of(of_name[name])
+        first, count = rows_of(of_name[name])
         asked[name] = count
         return first, count
 

@@ -157,6 +157,36 @@ class TrainConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How a model is spread over several processes: see docs/parallel.md."""
+
+    name: str = option(
+        "ddp",
+        "ddp: each process holds the whole model; fsdp: each one holds a share of each weight, of its "
+        "gradient and of the optimizer's state (FSDP2).",
+        choices=("ddp", "fsdp"),
+    )
+    wrap: list[str] = option(
+        [],
+        "fsdp: which parts of the model are gathered, computed and freed one at a time, by names such as "
+        "`blocks.*`; empty: each child of its Sequentials and ModuleLists.",
+    )
+    gather: str = option(
+        "fp32",
+        "fsdp: as what weights are gathered; bf16, with precision=bf16, takes half of the memory and of the "
+        "traffic, and gives other bits than ddp.",
+        choices=("fp32", "bf16"),
+    )
+    recompute: bool = option(
+        False, "fsdp: keep only the inputs of each part, and compute the rest again in the backward pass."
+    )
+    offload: bool = option(False, "fsdp: keep weights and the optimizer's state in the CPU's memory.")
+    mesh: list[int] = option(
+        [], "fsdp: `[replicas, shards]`, whose product is the number of processes; empty: one replica."
+    )
+
+
+@dataclass
 class EvalConfig:
     """When and in which batches the eval set is measured."""
 
@@ -174,6 +204,11 @@ class CheckpointConfig:
         "1 epoch",
         "`500` (steps), `2 epochs`, `10 minutes`, several of them with commas, `never`, or `auto`: as "
         "often as is best for what a save costs and how often the run was interrupted.",
+    )
+    sharded: bool = option(
+        False,
+        "Each process writes its part, into one folder that all of them share; for states that rank 0 can't "
+        "hold. false: rank 0 writes one file.",
     )
     keep: int = option(2, "How many of the newest checkpoints are kept; the best is kept besides.", least=1)
     best: str = option(
@@ -277,6 +312,7 @@ class Config:
     optim: OptimConfig = section(OptimConfig)
     schedule: ScheduleConfig = section(ScheduleConfig)
     train: TrainConfig = section(TrainConfig)
+    parallel: ParallelConfig = section(ParallelConfig, may_change=True)
     eval: EvalConfig = section(EvalConfig, may_change=True)
     checkpoint: CheckpointConfig = section(CheckpointConfig, may_change=True)
     log: LogConfig = section(LogConfig, may_change=True)

@@ -1,0 +1,243 @@
+"""Models that are sharded over ranks (FSDP2): each rank holds some rows of each weight and of its state.
+
+`fully_shard` is called here, not by Accelerate, whose plugin does nothing on CPUs. The gradient is added up
+in the same tree as under DDP (parallel.py), so the bits are the same, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from dist_train.config import Config, UserError, counted, nearest
+from dist_train.parallel import Parallel, row_norms
+from dist_train.rows import local, rows_of
+from dist_train.runtime import Runtime
+from dist_train.tree import Subtrees, tree_sum
+
+
+class Sharded(Parallel):
+    """A model of which each rank holds a shard; all ranks must make it."""
+
+    is_collective = True
+
+    def __init__(self, config: Config, ranks: Runtime, model: nn.Module) -> None:
+        self._mesh = _mesh(config.parallel.mesh, ranks)
+        self._sums: list[TreeReduceScatter] = []
+        super().__init__(config, ranks, model)
+
+    def _spread(self) -> nn.Module:
+        for key, value, bad in (
+            ("precision", self.config.precision, "fp16"),
+            ("channels_last", self.config.channels_last, True),
+        ):
+            if value == bad:
+                raise UserError(f"{key}: {value} does not work with parallel.name=fsdp.")
+        if self.config.parallel.gather == "bf16" and self.config.precision != "bf16":
+            raise UserError("parallel.gather: bf16 is for precision=bf16.")
+        if self.in_order and not hasattr(FSDPModule, "set_custom_reduce_scatter"):
+            raise UserError(
+                f"parallel.name: torch {torch.__version__} can't add up the gradients of a sharded model in a"
+                " fixed order; use torch 2.9 or newer, or train.same_bits=false."
+            )
+        called = self._shard(self.model)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule) and self.in_order:
+                module.set_gradient_divide_factor(1.0)
+                self._sums.append(TreeReduceScatter())
+                module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]
+        return called
+
+    def _shard(self, model: nn.Module) -> nn.Module:
+        """Gives all ranks rank 0's weights, of which each keeps its rows; returns what is called."""
+        wanted = self.config.parallel
+        options: dict[str, Any] = {"mesh": self._mesh}
+        if wanted.gather == "bf16":
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+        if wanted.offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
+        called = self.ranks.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        for name, block in blocks(model, wanted.wrap):
+            if wanted.recompute:
+                _recompute(name, block)
+            self._settle(block)
+            if self.config.compile:
+                block.compile()
+            fully_shard(block, **options)
+        self._settle(model)
+        fully_shard(model, **options)
+        return called
+
+    def _settle(self, module: nn.Module) -> None:
+        """Moves what is not sharded yet to the device, with rank 0's values."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.ranks.device)
+                dist.broadcast(tensor.data, src=0)
+
+    def follow(self, average: nn.Module) -> nn.Module:
+        """Shards a copy of the model in the same way."""
+        self._shard(average)
+        pairs = zip(average.state_dict().values(), self.model.state_dict().values(), strict=True)
+        for new, old in pairs:
+            if isinstance(new, torch.Tensor):
+                local(new).copy_(local(old))
+        return average
+
+    @contextmanager
+    def part(self, counts: bool, is_last: bool) -> Iterator[None]:
+        """As for any model; each block adds up its own gradient."""
+        for each in self._sums:
+            each.is_last = is_last
+        yield
+        self.buffers.after_part(counts, is_last)
+        if is_last and any(len(each.subtrees) for each in self._sums):
+            raise UserError("parallel.name: fsdp needs each part of a step to use the same weights; use ddp.")
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiplies this rank's rows of all gradients by a number."""
+        gradients = [local(weight.grad) for weight in self.weights if weight.grad is not None]
+        for device in {gradient.device for gradient in gradients}:
+            torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
+
+    def row_norms(self) -> list[torch.Tensor]:
+        """The norm of each row of the whole gradient, on all ranks."""
+        sizes = [1 if weight.grad is None else max(1, _rows(weight)) for weight in self.weights]
+        norms = torch.zeros(sum(sizes), device=self.ranks.device)
+        for weight, place in zip(self.weights, norms.split(sizes), strict=True):
+            if weight.grad is not None:
+                first, count = rows_of(weight)
+                place[first : first + count] = row_norms(local(weight.grad))
+        dist.all_reduce(norms, group=self._mesh.get_group("shard"))  # each row is on one rank, else 0
+        return list(norms.split(sizes))
+
+    def shares(self, values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+        """This rank's rows of saved `values`, each spread as the tensor in `like` of its name."""
+        return {name: _share(value, like.get(name)) for name, value in values.items()}
+
+    def whole(self, state: Any) -> Any:
+        """`state` with each sharded tensor put together, on the CPU of rank 0; of no use on other ranks."""
+        if isinstance(state, DTensor):
+            full = state.full_tensor()
+            return full.cpu() if self.ranks.is_main else None
+        if isinstance(state, dict):
+            return {key: self.whole(value) for key, value in state.items()}
+        return [self.whole(value) for value in state] if isinstance(state, list) else state
+
+
+class TreeReduceScatter:
+    """How the gradient of one block is added up over ranks and parts, in place of FSDP's reduce-scatter.
+
+    This rank's parts are merged as they come; in the last one each rank adds up, in the order of ranks, all
+    ranks' sums for its own shard.
+    """
+
+    def __init__(self) -> None:
+        self.is_last = True
+        self.subtrees = Subtrees()
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for what is added up, and for the sum."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Adds a part `[ranks x N]`; in the last one the sum `[N]` of this rank's shard is the output."""
+        if not self.is_last:
+            self.subtrees.add([input_tensor])
+            output_tensor.fill_(-0.0)  # whatever is added to it later keeps its bits
+            return
+        (total,) = self.subtrees.close([input_tensor])
+        assert total is not None
+        shards = torch.empty_like(total)
+        dist.all_to_all_single(shards, total, group=group)
+        output_tensor.copy_(tree_sum(shards.chunk(group.size())))
+
+
+def _share(value: Any, like: Any) -> Any:
+    """This rank's rows of a whole tensor, or those that it has read already, as a tensor like `like`."""
+    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor):
+        return value
+    first, count = rows_of(like)
+    mine = value[first : first + count] if value.shape == like.shape else value
+    if mine.shape != like.to_local().shape:
+        return value  # a number for the whole tensor, or none that fits
+    mine = mine.to(like.to_local().device)
+    return DTensor.from_local(
+        mine.contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )  # fmt: skip
+
+
+def blocks(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """What is gathered, computed and freed at a time, by name; what is left comes with the whole model.
+
+    By default each child with weights of the ModuleLists and Sequentials; those inside of another are looked
+    into. Raises UserError for a pattern that no module's name matches.
+    """
+    if patterns:
+        named = {name: module for name, module in model.named_modules() if name}
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in named):
+                raise UserError(
+                    f"parallel.wrap: no part of the model is named like '{pattern}'{nearest(pattern, named)}."
+                )
+        found = [item for item in named.items() if any(fnmatchcase(item[0], p) for p in patterns)]
+        return sorted(found, key=lambda item: -item[0].count("."))  # the innermost first
+    return list(_children("", model))
+
+
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def _children(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if type(module) in LISTS and type(child) not in LISTS:
+            if any(True for _ in child.parameters()):
+                yield f"{prefix}{name}", child
+        else:
+            yield from _children(f"{prefix}{name}.", child)
+
+
+def _recompute(name: str, block: nn.Module) -> None:
+    """Makes a block keep its inputs only, and compute the rest again in the backward pass."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
+        raise UserError(
+            f"parallel.recompute: {name} has BatchNorm, which would count each batch twice; leave it off."
+        )
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def _rows(weight: torch.Tensor) -> int:
+    return weight.shape[0] if weight.ndim else 1
+
+
+def _mesh(wanted: Sequence[int], ranks: Runtime) -> DeviceMesh:
+    """All ranks in one row, or in `wanted` [replicas, shards]. Raises UserError if these are not all."""
+    replicas, shards = wanted or (1, ranks.world_size)
+    if replicas * shards != ranks.world_size or shards < 2:
+        raise UserError(
+            f"parallel.mesh: {replicas} replicas of {shards} shards are not"
+            f" {counted(ranks.world_size, 'process')}, of which two must share a model at least."
+        )
+    kind = ranks.device.type
+    if replicas == 1:
+        return init_device_mesh(kind, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, shards), mesh_dim_names=("replicate", "shard"))
