@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
     names: tuple[str, ...]  # of the values that are recorded: `loss`, and the task's further ones
     sums: list[torch.Tensor]  # of each of this rank's parts: [sum of weights, weighted sum of each value]
-    losses: list[torch.Tensor]  # of each of these parts, as the task gives them
+    losses: list[torch.Tensor]  # of each of these parts, one for each sample: [B]
     norm: torch.Tensor | None  # of the gradient, before clipping, where it was needed or asked for
     row_norms: list[torch.Tensor]  # of each trained weight's gradient, then, too
     skipped: bool
@@ -122,7 +122,7 @@ class Learner:
                     gradient = gradient + 0 * values.detach().sum()
                 self._backward(values, gradient=gradient)
             sums.append(summed)
-            losses.append(values.detach())
+            losses.append(_each_sample(values.detach(), weights))
         self.parallel.buffers.finish(min(self.parts, total))
         if weighted:  # until here divided by the number of samples; now all know what the values weigh
             weight = self.ranks.sum(tree_sum(sums)[:1])[0]
@@ -243,6 +243,15 @@ def _weigh(
     return weights, torch.stack([column.sum() for column in columns])
 
 
+def _each_sample(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The loss of each sample `[B]`; 0 where nothing of it weighs anything."""
+    if weights is None:
+        return values
+    total = weights.reshape(len(weights), -1).sum(1)
+    summed = (values * weights).reshape(len(weights), -1).sum(1)
+    return torch.where(total > 0, summed / total, 0)
+
+
 def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None) -> nn.Module:
     """The model at step 0, on the device, tried on samples of both sets."""
     seed_weights(config.seed)
@@ -253,11 +262,10 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
             config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
         )
     names: list[str] = []
-    parts = {"training": (data.train, data.train_shape), "evaluation": (data.eval, data.sample_shape)}
-    for part, (samples, shape) in parts.items():
+    for part, samples in (("training", data.train), ("evaluation", data.eval)):
         batch, outputs = first_batch(samples), None
         if isinstance(task, tasks.SampleTask):
-            outputs = models.probe(model, shape, config.model.name).to(ranks.device)
+            outputs = models.probe(model, batch.inputs, config.model.name).to(ranks.device)
             batch = batch.to(ranks.device)  # where the model will be, which a task of one's own may rely on
         names = tasks.check(task, model, batch, outputs, len(data.classes))
         if outputs is not None and tasks.is_classification(task) and not data.classes:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 
 from dist_train.config import UserError, construct, import_object, nearest
+from dist_train.nested import tensors
 
 
 def mlp(
@@ -180,19 +181,27 @@ def no_larger(file_size: int, where: str) -> Iterator[None]:
             hook.remove()
 
 
-def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Tensor:
-    """The outputs `[2, ...]` for two black images; raises UserError where model and images don't fit."""
+def probe(model: nn.Module, inputs: Any, name: str) -> torch.Tensor:
+    """The outputs `[2, ...]` for two samples; raises UserError where model and samples don't fit.
+
+    Args:
+        inputs: of the samples: images `[2, C, H, W]`, or other tensors, also nested ones.
+    """
+    shapes = " and ".join(str(list(tensor.shape[1:])) for tensor in tensors(inputs))
+    images = "images" if isinstance(inputs, torch.Tensor) and inputs.ndim == 4 else "inputs"
     training = model.training
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if not is_lazy(buffer)}
     model.eval()  # leaves BatchNorm's averages alone
     try:
         with torch.no_grad():
-            output = model(torch.zeros(2, *sample_shape))
+            output = model(inputs)
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
+        mend = "Choose another model."
+        if images == "images":
+            mend = "Resize them by data.eval_transform and data.train_transform, or choose another model."
         raise UserError(
-            f"model.name: '{name}' can't take images of shape {list(sample_shape)}: {reason}. Resize them"
-            " by data.eval_transform and data.train_transform, or choose another model."
+            f"model.name: '{name}' can't take {images} of shape {shapes}: {reason}. {mend}"
         ) from None
     finally:
         model.train(training)
@@ -203,7 +212,8 @@ def probe(model: nn.Module, sample_shape: Sequence[int], name: str) -> torch.Ten
         tensor = isinstance(output, torch.Tensor)
         given = f"outputs of shape {list(output.shape)}" if tensor else f"a {type(output).__name__}"
         raise UserError(
-            f"model.name: '{name}' gives {given} for 2 images; it must give one tensor [B, ...] for B images."
+            f"model.name: '{name}' gives {given} for 2 {images}; it must give one tensor [B, ...] for B"
+            f" {images}."
         )
     return output
 

@@ -107,7 +107,7 @@ def predict(
     task = completed(saved["config"])["task"]["name"]
     if task == "segmentation":
         raise UserError(f"{place}: predicts masks, no classes; name a folder for them by --masks FOLDER.")
-    outputs = models.probe(model, shape, type(model).__name__)
+    outputs = models.probe(model, torch.zeros(2, *shape), type(model).__name__)
     width = outputs.shape[1] if outputs.ndim == 2 else 0
     # A classifier may have spare outputs, as pretrained ones do; those of another task may mean anything.
     if not width or (width < classes if task == "classification" else width != classes):
@@ -232,7 +232,7 @@ def evaluate_run(
             task = tasks.build(config) if task is None else tasks.complete(task)
             batch, outputs = data.first_batch(sets.eval), None
             if isinstance(task, tasks.SampleTask):
-                outputs = models.probe(model, sets.sample_shape, config.model.name).to(ranks.device)
+                outputs = models.probe(model, batch.inputs, config.model.name).to(ranks.device)
                 batch = batch.to(ranks.device)
             tasks.check(task, model, batch, outputs, len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)

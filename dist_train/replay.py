@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from dist_train import checkpoint, data, models, optim, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, counted, from_file, printable
 from dist_train.learner import Learner
+from dist_train.nested import map_tensors
 from dist_train.record.history import read_attempts, read_status
 from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
 from dist_train.state import State
+from dist_train.tree import tree_sum
 
 COLUMNS = 8
+MOST_NUMBERS = 100  # of a target that is shown
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
             "channels_last", "deterministic", "threads", "on_nonfinite", "max_skips")  # fmt: skip
 
@@ -38,7 +42,7 @@ class Seen:
     path: str
     label: str
     loss: float
-    image: torch.Tensor  # [C, H, W]
+    image: torch.Tensor | None  # [C, H, W]; None where inputs are no images
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,9 @@ def _steps(
         for batch, losses in zip(parts, done.losses, strict=True)
         for seen in _seen(sets, batch, losses.tolist(), rank=batch.part.number // per_rank)
     ]
-    mean = sum(seen.loss for seen in samples) / len(samples)
-    return Replayed("", samples, mean, gradients), states.to_dict(config, state, sets)
+    weight, summed = tree_sum(done.sums)[:2].tolist()
+    loss = summed / weight if weight else math.nan
+    return Replayed("", samples, loss, gradients), states.to_dict(config, state, sets)
 
 
 def _parts(batches: Iterator[data.Batch], learner: Learner) -> Iterator[data.Batch]:
@@ -175,13 +180,21 @@ def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
 def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) -> list[Seen]:
     seen = []
     for place, index in enumerate(batch.part.indices[: batch.part.size].tolist()):
-        target = batch.targets[place]
-        label = str(target.tolist())
-        if sets.classes and target.ndim == 0:
-            label = sets.classes[int(target)]
+        inputs = map_tensors(itemgetter(place), batch.inputs)
+        is_image = sets.train.transform is not None and isinstance(inputs, torch.Tensor)
+        label = _label(map_tensors(itemgetter(place), batch.targets), sets.classes)
         path = sets.known(index).get("path", "")
-        seen.append(Seen(rank, index, path, label, losses[place], batch.inputs[place]))
+        seen.append(Seen(rank, index, path, label, losses[place], inputs if is_image else None))
     return seen
+
+
+def _label(target: Any, classes: list[str]) -> str:
+    """A target in a word: the name of a class, numbers, or nothing for what is too long."""
+    if not isinstance(target, torch.Tensor) or target.numel() > MOST_NUMBERS:
+        return ""
+    if classes and target.ndim == 0:
+        return classes[int(target)]
+    return str(target.tolist())
 
 
 def table(replayed: Replayed) -> str:
@@ -206,5 +219,8 @@ def table(replayed: Replayed) -> str:
 
 def picture(replayed: Replayed, output: Path) -> None:
     """Draws the samples as the model saw them, in the order of ranks."""
-    cells = [(seen.image, f"{seen.label}\n{seen.loss:.3g}") for seen in replayed.samples]
+    drawn = [(seen.image, f"{seen.label}\n{seen.loss:.3g}") for seen in replayed.samples]
+    cells = [(image, title) for image, title in drawn if image is not None]
+    if not cells:
+        raise UserError("the inputs of this run are no images, so they can't be drawn.")
     write_grid([cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)], output)

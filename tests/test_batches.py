@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Subset
 from torchvision import tv_tensors
 
 from dist_train import data
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data.images import InMemory
+from dist_train.record.history import read_metrics
 
 CPU = torch.device("cpu")
 ALONE: Any = SimpleNamespace(rank=0, world_size=1, local_world_size=1, device=CPU)
@@ -160,6 +163,77 @@ def test_samples_that_make_no_batch_are_told() -> None:
         batches(Own({"name": "a"} for n in range(4)))
     with pytest.raises(UserError, match="data: sample 0 is a Tensor, not a pair"):
         batches(Own([torch.zeros(1, 2, 2)]))
+
+
+class Sum(nn.Module):
+    """A model of samples of several parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.layer(inputs["ids"].float()).squeeze(1) + inputs["size"]
+
+
+class Whole:
+    """A task of samples without targets: each word of a sample counts as often as the sample says."""
+
+    best = "min eval/loss"
+
+    def losses(self, model: nn.Module, batch: data.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        values = (model(batch.inputs)[:, None] - batch.inputs["ids"]).square()
+        return values, batch.inputs["count"][:, None].expand_as(values).float()
+
+    def sums(self, model: nn.Module, batch: data.Batch) -> dict[str, torch.Tensor]:
+        values, weights = self.losses(model, batch)
+        return {"loss": (values * weights).double().sum(), "weight": weights.double().sum()}
+
+    def report(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {"loss": (sums["loss"] / sums["weight"]).item()}
+
+
+def words(count: int) -> Own:
+    return Own(
+        {"ids": torch.tensor([n % 5, n % 3]), "size": n / 100, "count": n % 4, "name": f"s{n}"}
+        for n in range(count)
+    )
+
+
+def test_samples_without_targets_are_trained_and_evaluated(here: Callable[..., Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Sum()
+    before = model.layer.weight.clone()
+    settings = ["train.batch_size=4", "optim.lr=0.01", "data.workers=0", "wandb.mode=disabled", "device=cpu",
+                "log.batches=true", "log.every=1"]  # fmt: skip
+    result = here(*settings, "train.epochs=3", model=model, train_data=words(21), eval_data=words(9),
+                  task=Whole())  # fmt: skip
+    assert result.step == 18 and not torch.equal(before, model.layer.weight)
+    rows = [row["train/loss"] for row in read_metrics(tmp_path / "runs/run") if "train/loss" in row]
+    assert rows[-1] < rows[0]
+    with torch.no_grad():
+        sums = [Whole().sums(model.eval(), batch) for batch in batches(words(9))]
+    expected = sum(s["loss"] for s in sums) / sum(s["weight"] for s in sums)
+    assert result.metrics["eval/loss"] == pytest.approx(float(expected))
+
+
+def test_a_task_by_samples_takes_inputs_of_several_parts(here: Callable[..., Any]) -> None:
+    class Error:
+        best = "min eval/loss"
+
+        def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return (outputs - targets).square()
+
+        def metrics(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {}
+
+    pairs = Own((sample, float(number)) for number, sample in enumerate(words(20)))
+    settings = ["train.epochs=1", "train.batch_size=5", "data.workers=0", "wandb.mode=disabled", "device=cpu"]
+    result = here(*settings, model=Sum(), train_data=pairs, eval_data=pairs, task=Error())
+    assert result.state == "completed"
+    with pytest.raises(UserError, match=r"can't take inputs of shape \[3\] and \[\]"):
+        odd = Own(({"ids": torch.zeros(3), "size": 1.0}, 0.0) for _ in range(9))
+        here(*settings, "run.name=odd", model=Sum(), train_data=odd, eval_data=odd, task=Error())
 
 
 def test_all_tensors_of_a_batch_are_recorded(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def test_the_mlp_is_the_one_of_the_tutorial() -> None:
 def test_our_models_take_images_of_any_shape(shape: tuple[int, int, int]) -> None:
     for name in models.MODELS:
         model = models.build(name, {}, shape, 6)
-        assert model(torch.zeros(2, *shape)).shape == (2, 6), name
+        each_pixel = shape[1:] if name == "unet" else ()
+        assert model(torch.zeros(2, *shape)).shape == (2, 6, *each_pixel), name
 
 
 def test_a_model_of_ones_own_gets_what_its_signature_asks_for(
@@ -136,7 +137,7 @@ def test_what_cannot_be_built_is_told(name: str, args: dict[str, Any], told: str
 def test_images_too_small_for_a_model_are_told_with_their_shape() -> None:
     model = models.build("cnn", {"widths": [4, 4, 4, 4]}, (1, 8, 8), 3)
     with pytest.raises(UserError, match=r"'cnn' can't take images of shape \[1, 8, 8\]"):
-        models.probe(model, (1, 8, 8), "cnn")
+        models.probe(model, torch.zeros(2, 1, 8, 8), "cnn")
     assert model.training  # left as it was
 
 

@@ -26,6 +26,7 @@ from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_metrics
+from dist_train.replay import picture, replay
 from dist_train.tasks import Segmentation
 from tests.distributed import ranks as jobs
 from tests.processes import Finished
@@ -261,6 +262,25 @@ def test_a_killed_run_ends_with_the_same_bits(processes: int, folder: Path, tmp_
     jobs.train(tmp_path, *words, "run.name=killed", processes=processes)
     assert jobs.status(tmp_path, "killed")["attempts"] == 2
     assert jobs.same_bits(jobs.last(tmp_path, "whole"), jobs.last(tmp_path, "killed"))
+
+
+def test_any_number_of_processes_gives_the_same_bits_and_a_step_is_rebuilt_by_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*RECIPE, "train.parts=4", "train.steps=6", "log.every=1", "checkpoint.every=3",
+             "data.train_transform=[{RandomCrop: {size: 32, padding: 4}}]"]  # fmt: skip
+    for processes in (1, 2, 4):  # in each part other pixels are ignored
+        jobs.train(tmp_path, *words, f"run.name=on{processes}", processes=processes)
+        assert jobs.same_bits(jobs.last(tmp_path, "on1"), jobs.last(tmp_path, f"on{processes}"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    losses = {row["step"]: row["train/loss"] for row in read_metrics(Path("runs/on2")) if "train/loss" in row}
+    rebuilt = replay(Path("runs/on2"), 5)
+    assert rebuilt.loss == pytest.approx(losses[5], rel=1e-6)
+    assert [seen.rank for seen in rebuilt.samples] == [0] * 6 + [1] * 6
+    assert sum(seen.loss for seen in rebuilt.samples) / 12 == pytest.approx(losses[5], rel=0.1)
+    picture(rebuilt, Path("step.png"))
+    assert Path("step.png").exists()
 
 
 def test_ignored_pixels_change_nothing(folder: Path, here: Callable[..., Any], tmp_path: Path) -> None:

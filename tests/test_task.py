@@ -303,7 +303,7 @@ def test_a_model_is_tried_without_a_trace_in_buffers_that_each_pass_changes() ->
             return super().forward(images)
 
     model = nn.Sequential(Counting(), nn.LazyLinear(3), nn.LazyBatchNorm1d())
-    assert probe(model, (1, 2, 2), "mine").shape == (2, 3)
+    assert probe(model, torch.zeros(2, 1, 2, 2), "mine").shape == (2, 3)
     assert model.state_dict()["0.passes"] == 0
 
 

@@ -20,13 +20,14 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 from dist_train.config import Config, UserError
-from dist_train.data.batch import Batch, tensors
+from dist_train.data.batch import Batch
 from dist_train.data.loader import Loader, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
 from dist_train.data.samples import Samples
 from dist_train.data.source import Source, View
 from dist_train.data.sources import open_source
 from dist_train.data.transforms import ImageTransform, target_transform
+from dist_train.nested import tensors
 from dist_train.parts import default_parts, part_size
 from dist_train.runtime import Runtime
 from dist_train.seeds import generator, key

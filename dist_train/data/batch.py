@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from dist_train.config import UserError
 from dist_train.data.order import Part
+from dist_train.nested import map_tensors, tensors
 
 
 class Batch(NamedTuple):
@@ -46,25 +46,3 @@ class Unreadable(NamedTuple):
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
         """Raises the error."""
         raise self.error
-
-
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """`value` with what `function` makes of each tensor in it; what is no tensor stays as it is."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {name: map_tensors(function, item) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
-        return type(value)(*(map_tensors(function, item) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
-    return value
-
-
-def tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in `value`, in their order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, tuple, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from tensors(item)

@@ -19,9 +19,10 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from dist_train.config import Config
-from dist_train.data.batch import Batch, tensors
+from dist_train.data.batch import Batch
 from dist_train.data.order import Part
 from dist_train.data.samples import Samples
+from dist_train.nested import tensors
 from dist_train.runtime import Runtime, allowed_cpus
 
 FETCH_BYTES = 2**22  # of images in memory that are transformed at a time: they stay in the CPU's cache

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.tv_tensors import TVTensor
 
 from dist_train.config import UserError
-from dist_train.data.batch import Batch, Unreadable, map_tensors, tensors
+from dist_train.data.batch import Batch, Unreadable
 from dist_train.data.images import BadSample, as_text
 from dist_train.data.labels import first_wrong, wrong
 from dist_train.data.order import Part
 from dist_train.data.source import View
 from dist_train.data.transforms import ImageTransform, OneHot
+from dist_train.nested import map_tensors, tensors
 from dist_train.seeds import seed_sample
 
 UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's

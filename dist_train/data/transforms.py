@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, counted, import_object, nearest
-from dist_train.data.batch import map_tensors, tensors
 from dist_train.data.masks import IGNORED
+from dist_train.nested import map_tensors, tensors
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train.config import UserError
-from dist_train.data.batch import Batch, map_tensors, tensors
+from dist_train.data.batch import Batch
+from dist_train.nested import map_tensors, tensors
 from dist_train.tasks.base import SampleTask, Task, check_name, each_loss, measure, name_of
 from dist_train.tasks.classification import is_classification
 
@@ -59,11 +60,13 @@ def check(
     if not isinstance(values, torch.Tensor) or not values.requires_grad:
         raise UserError(f"task: the loss of {name_of(task)} has no gradient by the model's weights.")
     shape = values.shape if weights is None else weights.shape
-    if shape != values.shape or (weights is None and values.shape != (batch.part.size,)):
+    count = (batch.part.size,)
+    if shape != values.shape or (values.shape if weights is None else values.shape[:1]) != count:
         raise UserError(
             f"task: {name_of(task)} gives losses {list(values.shape)}"
             + (f" and weights {list(weights.shape)}" if weights is not None else " without weights")
-            + f" for {batch.part.size} samples; give a weight for each value, or one value for each sample."
+            + f" for {batch.part.size} samples; give one value for each sample, [B],"
+            " or values [B, ...] with a weight for each."
         )
     if "loss" not in metrics:
         raise UserError(f"task: what {name_of(task)} reports has no 'loss'.")
