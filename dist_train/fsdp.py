@@ -63,21 +63,33 @@ class Sharded(Parallel):
         """Gives all ranks rank 0's weights, of which each keeps its rows; returns what is called."""
         wanted = self.config.parallel
         options: dict[str, Any] = {"mesh": self._mesh}
-        if wanted.gather == "bf16":
-            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
         if wanted.offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.ranks.device.type == "cuda")
+        if wanted.gather == "bf16":
+            for module in filter(
+                is_batchnorm, model.modules()
+            ):  # its averages, and so its weights, stay fp32
+                self._shard_one(module, options)
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         called = self.ranks.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
         for name, block in blocks(model, wanted.wrap):
+            if isinstance(block, FSDPModule):
+                continue
             if wanted.recompute:
                 _recompute(name, block)
-            self._settle(block)
             if self.config.compile:
                 block.compile()
-            fully_shard(block, **options)
-        self._settle(model)
-        fully_shard(model, **options)
+            self._shard_one(block, options)
+        self._shard_one(model, options)
         return called
+
+    def _shard_one(self, module: nn.Module, options: dict[str, Any]) -> None:
+        self._settle(module)
+        try:
+            fully_shard(module, **options)
+        except (ValueError, NotImplementedError) as error:  # a weight without dimensions, say
+            reason = " ".join(str(error).split())
+            raise UserError(f"parallel.name: fsdp can't shard this model: {reason}") from None
 
     def _settle(self, module: nn.Module) -> None:
         """Moves what is not sharded yet to the device, with rank 0's values."""
@@ -121,6 +133,12 @@ class Sharded(Parallel):
                 place[first : first + count] = row_norms(local(weight.grad))
         dist.all_reduce(norms, group=self._mesh.get_group("shard"))  # each row is on one rank, else 0
         return list(norms.split(sizes))
+
+    def evaluated(self, model: nn.Module) -> None:
+        """After an evaluation: the outermost module would keep its weights, and not see them change."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def shares(self, values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
         """This rank's rows of saved `values`, each spread as the tensor in `like` of its name."""
@@ -216,9 +234,14 @@ def _children(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]
             yield from _children(f"{prefix}{name}.", child)
 
 
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether it keeps running averages of what it has seen."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
 def _recompute(name: str, block: nn.Module) -> None:
     """Makes a block keep its inputs only, and compute the rest again in the backward pass."""
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules()):
+    if any(map(is_batchnorm, block.modules())):
         raise UserError(
             f"parallel.recompute: {name} has BatchNorm, which would count each batch twice; leave it off."
         )

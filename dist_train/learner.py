@@ -156,9 +156,11 @@ class Learner:
 
     def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
         """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
-        return evaluate(
+        metrics = evaluate(
             self.evaluated, batches, self.task, self.ranks, self.config.channels_last, stop, self._filler
         )
+        self.parallel.evaluated(self.evaluated)
+        return metrics
 
     def weights(self) -> dict[str, Any]:
         """The state of the evaluated model, whole on rank 0. All ranks come here together."""
@@ -272,7 +274,8 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
             samples.classes = outputs.shape[1]  # as many as the model has outputs
             samples.check_labels(part)
     Best.parse(config.checkpoint.best or task.best).check(names)
-    model.to(ranks.device)
+    if config.parallel.name == "ddp" or ranks.world_size == 1:  # else block by block, as it is sharded
+        model.to(ranks.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model

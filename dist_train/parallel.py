@@ -107,6 +107,9 @@ class Parallel:
         """Scales a gradient of this norm to one of `most`, if it is greater."""
         self.scale(torch.clamp(most / (norm + 1e-6), max=1.0))
 
+    def evaluated(self, model: nn.Module) -> None:
+        """To be called after an evaluation of the model, or of its average."""
+
     def shares(self, values: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
         """What this rank holds of saved `values`, each spread as the tensor in `like` of its name."""
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,111 @@ def test_a_sharded_model_ends_with_the_bits_of_one_process_and_of_ddp(
         assert same_bits(one, other)
     exported = [(tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("one", "four")]
     assert exported[0] == exported[1]
+
+
+def test_a_run_goes_on_from_ddp_to_fsdp_and_back_and_from_one_file_to_parts_and_back(tmp_path: Path) -> None:
+    words = [*CNN, *ADAMW, "run.name=moved"]
+    (straight,) = runs(tmp_path, [*CNN, *ADAMW], ("straight", 1, ["train.steps=16"]))
+    for steps, processes, further in (
+        (4, 1, []),
+        (6, 2, [FSDP]),
+        (8, 4, [FSDP, SHARDED]),
+        (10, 2, [FSDP, SHARDED]),
+        (12, 2, [SHARDED]),  # DDP, in parts
+        (14, 2, []),
+        (16, 1, [SHARDED]),
+    ):
+        train(tmp_path, *BASE, *words, f"train.steps={steps}", *further, processes=processes)
+        newest = checkpoint.newest_first(tmp_path / "runs/moved/checkpoints")[0]
+        assert newest.suffix == (".sharded" if SHARDED in further else ".pt")
+        assert checkpoint.step_of(newest) == steps
+    assert same_bits(straight, state(tmp_path, "moved"))
+
+
+def test_a_complete_run_in_parts_says_so_and_is_evaluated_by_one_process(tmp_path: Path) -> None:
+    from dist_train.predict import evaluate_run, load_model
+
+    (saved,) = runs(
+        tmp_path, [*MLP, *ADAMW], ("parts", 2, [FSDP, SHARDED, "checkpoint.best=max eval/accuracy"])
+    )
+    run = tmp_path / "runs/parts"
+    folder = run / "checkpoints"
+    assert {path.suffix for path in folder.iterdir()} == {".sharded"}
+    best = checkpoint.load(folder / "best.sharded")
+    assert load_model(run)[1]["step"] == best["step"] == saved["best_step"]
+    measured = evaluate_run(folder / "last.sharded", ["device=cpu", f"data.root={tmp_path}/arrays.npz"])
+    assert measured == pytest.approx(saved["metrics"])
+    train(
+        tmp_path,
+        *BASE,
+        *MLP,
+        *ADAMW,
+        "run.name=parts",
+        FSDP,
+        SHARDED,
+        "checkpoint.best=max eval/accuracy",
+        processes=2,
+    )
+    assert "The run is complete" in (tmp_path / "rank0.out").read_text()
+
+
+@pytest.mark.parametrize("samples", [1, 3, 37])
+def test_evaluation_counts_each_sample_once_also_where_ranks_get_unequal_shares(
+    samples: int, tmp_path: Path
+) -> None:
+    words = [*MLP, *SGD, "eval.batch_size=1", "train.steps=2", "train.parts=2"]
+    write_npz(tmp_path)
+    import numpy as np
+
+    held = dict(np.load(tmp_path / "arrays.npz"))
+    np.savez(tmp_path / "few.npz", **{n: v[:samples] if "test" in n else v for n, v in held.items()})
+    found = []
+    for name, processes, further in (("one", 1, []), ("two", 2, [FSDP])):
+        where = ["data.root=few.npz", f"run.name={name}"]
+        train(tmp_path, *BASE, *words, *where, *further, processes=processes)
+        found.append(state(tmp_path, name)["metrics"])
+    assert found[0] == found[1]
+    assert round(found[0]["eval/accuracy"] * samples, 9) in range(samples + 1)
+
+
+def test_two_replicas_of_two_shards_and_recomputed_blocks_keep_the_bits(tmp_path: Path) -> None:
+    one, *others = runs(
+        tmp_path,
+        [*MLP, *ADAMW],
+        ("one", 1, []),
+        ("replicas", 4, [FSDP, "parallel.mesh=[2,2]"]),
+        ("recomputed", 2, [FSDP, "parallel.recompute=true", "parallel.offload=true"]),
+        ("wrapped", 2, [FSDP, "parallel.wrap=[1*]"]),
+    )
+    for other in others:
+        assert same_bits(one, other)
+
+
+def test_bf16_has_the_same_bits_also_where_weights_are_gathered_so(tmp_path: Path) -> None:
+    words = [*CNN, *SGD, "precision=bf16", "train.steps=4"]
+    ways = [("whole", 2, [FSDP]), ("half", 2, [FSDP, "parallel.gather=bf16"])]
+    ddp, *others = runs(tmp_path, words, ("ddp", 2, []), *ways)
+    for other in others:  # convolutions and linear layers take weights in bf16 anyway
+        assert same_bits(ddp, other)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["parallel.mesh=[2,2]"], "2 replicas of 2 shards are not 2 processes"),
+        (["parallel.wrap=[nothing.*]"], "no part of the model is named like 'nothing.*'"),
+        (["precision=fp16"], "precision: fp16 does not work with parallel.name=fsdp"),
+        (["parallel.gather=bf16"], "parallel.gather: bf16 is for precision=bf16"),
+        (["model.name=cnn", "parallel.recompute=true"], "has BatchNorm"),
+        (["parallel.name=fdsp"], "did you mean 'fsdp'"),
+    ],
+)
+def test_what_does_not_work_with_it_is_told_in_a_sentence(
+    words: list[str], told: str, tmp_path: Path
+) -> None:
+    write_npz(tmp_path)
+    model = [] if "model.name=cnn" in words else MLP
+    train(tmp_path, *BASE, *model, FSDP, *words, processes=2, expect=2)
+    output = "".join((tmp_path / f"rank{rank}.out").read_text() for rank in range(2))
+    assert told in re.sub(r"\s+", " ", output)
+    assert "Traceback" not in output
