@@ -8,6 +8,7 @@ read, the losses and the weights after each step are compared, bit for bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import random
 import subprocess
@@ -20,6 +21,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -195,6 +197,8 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
     return bool(one == other)
 
 
@@ -202,19 +206,15 @@ def _culprit(config: Config) -> str:
     """Which part of the data path gives the same sample differently when it is asked twice."""
     samples = data.build(config).train
 
-    def read(index: int) -> Any:
-        return samples.source[index][0]
-
     for index in range(min(len(samples), 8)):
-        image = _twice(partial(read, index), config.seed, index)
-        if image is None:
+        pair = _twice(partial(samples.pair, index), config.seed, index)
+        if pair is None:
             return f"the data set '{config.data.name}' itself draws random numbers of its own"
         names = config.data.train_transform
         names = config.data.eval_transform if names is None else names
         for position, name in enumerate(names):
-            step = ImageTransform([name]).geometry
-            image = _twice(partial(step, image), config.seed, index)
-            if image is None:
+            pair = _twice(partial(ImageTransform([name]).geometry_of_pair, *pair), config.seed, index)
+            if pair is None:
                 shown = next(iter(name)) if isinstance(name, dict) else name
                 key = "eval" if config.data.train_transform is None else "train"
                 return (
@@ -225,10 +225,11 @@ def _culprit(config: Config) -> str:
 
 
 def _twice(make: Callable[[], Any], seed: int, index: int) -> Any:
-    """The image that `make` gives for a sample, or None if it gives another one when it is asked again."""
-    images = []
+    """The pair that `make` gives for a sample, or None if it gives another one when it is asked again."""
+    pairs = []
     for _ in range(2):
         seed_sample(seed, 0, index)
-        images.append(make())
-    one, other = map(ImageTransform(), images)
-    return images[0] if torch.equal(one, other) else None
+        pairs.append(copy.deepcopy(make()))
+    one, other = (dict(_flat(pair, "")) for pair in pairs)
+    same = one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    return pairs[0] if same else None

@@ -204,9 +204,9 @@ def test_pixels_that_a_transform_brings_in_are_ignored_in_the_mask_and_black_in_
     image, mask = torch.full((1, 4, 4), 255, dtype=torch.uint8), Mask(torch.ones(4, 4, dtype=torch.uint8))
     for steps in ([{"Pad": {"padding": 2}}], [{"RandomAffine": {"degrees": 0, "translate": [1.0, 1.0]}}]):
         torch.manual_seed(3)
-        seen, target = ImageTransform(steps).together(image, mask)
+        seen, target = ImageTransform(steps).pair(image, mask)
         assert (target == 255).any() and torch.equal(target == 255, seen[0] == 0)
-    padded, target = ImageTransform([{"Pad": {"padding": 2, "fill": 255}}]).together(image, mask)
+    padded, target = ImageTransform([{"Pad": {"padding": 2, "fill": 255}}]).pair(image, mask)
     assert (padded == 1).all() and (target == 255).sum() == 48
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.verify import _flat, _unequal
+from dist_train import load
+from dist_train.verify import _culprit, _flat, _unequal
 from tests.processes import Finished
 from tests.worlds import SMALL
 
@@ -71,6 +73,50 @@ def test_a_transform_with_random_numbers_of_its_own_is_named(
     assert "inputs: differ from step 1 on: data.train_transform[1], 'mine:shift', draws random" in result.err
     assert "weights: differ from step 1 on" in result.err
     assert "the order of samples" not in result.err
+
+
+MASKS = """
+import random, torch
+from torchvision.tv_tensors import Mask
+generator = random.Random(0)  # not keyed
+
+def flips(pair):
+    image, mask = pair
+    return (image.flip(-1), Mask(mask.flip(-1))) if generator.random() < 0.5 else pair
+
+class Squares(list):
+    classes = ["dark", "bright"]
+
+def squares(train):
+    images = torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    return Squares((image, Mask((image[0] > 0.5).long())) for image in images)
+
+class Noisy(list):
+    def __getitem__(self, index):
+        return {"image": torch.zeros(1, 8, 8), "size": generator.random()}
+
+def noisy(train):
+    return Noisy(range(20))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            ["data.name=mine:squares", "data.train_transform=[mine:flips]"],
+            "data.train_transform.0., 'mine:flips'",
+        ),
+        (["data.name=mine:noisy"], "the data set 'mine:noisy' itself draws random numbers"),
+        (["data.name=mine:squares", "data.train_transform=[RandomHorizontalFlip]"], "none of the transforms"),
+    ],
+)
+def test_what_draws_numbers_of_its_own_is_named_for_masks_and_dicts_too(
+    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(MASKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert re.match(named, _culprit(load([], ["train.epochs=1", "task.name=mine:Task", *words])))
 
 
 @pytest.mark.parametrize("part", ["model", "average", "optimizer"])

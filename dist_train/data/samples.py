@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
-from torchvision.tv_tensors import TVTensor
 
 from dist_train.config import UserError
 from dist_train.data.batch import Batch, Unreadable
@@ -158,10 +157,8 @@ class Samples(Dataset[Any]):
         if self.transform is None:
             return image, label
         if self.transform.steps:
-            image = _copy(image)
-        if isinstance(image, (dict, tuple, list)) or any(isinstance(t, TVTensor) for t in tensors(label)):
-            return self.transform.together(image, _copy(label))
-        return self.transform(image), label
+            image, label = _copy(image), _copy(label)
+        return self.transform.pair(image, label)
 
     def pair(self, index: int) -> tuple[Any, Any]:
         """A sample's input and label as the data set gives them; what is no pair is all input."""

@@ -52,13 +52,13 @@ class ImageTransform:
         """One image `[C, H, W]`, or where `batched` a batch `[B, C, H, W]`."""
         return self.to_float(self.geometry(image))
 
-    def together(self, inputs: Any, target: Any) -> tuple[Any, Any]:
-        """An image and what lies on it (tv_tensors.Mask and such), by the same random numbers.
+    def pair(self, inputs: Any, target: Any) -> tuple[Any, Any]:
+        """An image and its target; what lies on it (tv_tensors.Mask and such) by the same random numbers.
 
         Inputs that are no single image are a dict or tuple; images in it are tv_tensors.Image, all other
-        values are only passed through. A transform of one's own gets the pair of both.
+        values are only passed through.
         """
-        inputs, target = self.geometry((_tensor(inputs), target))
+        inputs, target = self.geometry_of_pair(inputs, target)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
             return self.to_float(tensor) if isinstance(tensor, tv_tensors.Image) else _plain(tensor)
@@ -66,6 +66,17 @@ class ImageTransform:
         nested = isinstance(inputs, (dict, tuple, list))
         inputs = map_tensors(convert, inputs) if nested else self.to_float(inputs)
         return inputs, map_tensors(_plain, target)
+
+    def geometry_of_pair(self, inputs: Any, target: Any) -> tuple[Any, Any]:
+        """The named transforms alone, of the image, or of both where they belong together.
+
+        Then a transform of one's own gets the pair of both, too.
+        """
+        nested = isinstance(inputs, (dict, tuple, list))
+        if nested or any(isinstance(tensor, tv_tensors.TVTensor) for tensor in tensors(target)):
+            both: tuple[Any, Any] = self.geometry((_tensor(inputs), target))
+            return both
+        return self.geometry(inputs), target
 
     def geometry(self, image: Any) -> Any:
         """The named transforms alone, before conversion and normalization."""
