@@ -24,19 +24,24 @@ def tree_sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def sum_over_ranks(flat: torch.Tensor, world_size: int) -> torch.Tensor:
-    """The sum of every rank's `flat` `[N]`, in the order of ranks, on every rank.
+    """The sum of every rank's `flat` `[N]`, in the order of ranks, on every rank; perhaps in its memory.
 
     Each rank adds up one shard of it, then all gather the shards: no more traffic than that of a ring.
     """
     if world_size == 2:  # of two numbers there is one sum, in any order
         dist.all_reduce(flat)
         return flat
-    padded = torch.cat([flat, flat.new_zeros(-len(flat) % world_size)])
-    shards = torch.empty_like(padded)
-    dist.all_to_all_single(shards, padded)
-    shard = tree_sum(shards.chunk(world_size)).contiguous()
-    dist.all_gather(list(padded.chunk(world_size)), shard)
-    return padded[: len(flat)]
+    missing = -len(flat) % world_size
+    whole = torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
+    shards = torch.empty_like(whole)
+    dist.all_to_all_single(shards, whole)
+    terms = list(shards.chunk(world_size))
+    while len(terms) > 1:  # as `tree_sum` does, in the memory of the shards
+        for left, right in zip(terms[::2], terms[1::2], strict=False):
+            left.add_(right)
+        terms = terms[::2]
+    dist.all_gather_into_tensor(whole, terms[0])
+    return whole[: len(flat)]
 
 
 class Subtrees:
