@@ -119,7 +119,7 @@ def predict(
 
     prediction.check_format(format)
     if masks is not None:
-        from dist_train.segment import predict_masks
+        from dist_train.tools.segment import predict_masks
 
         written, errors = predict_masks(run, images, masks, trust=trust)
         print(f"{len(written)} masks written: {masks}")
@@ -142,7 +142,7 @@ def config(arguments: Configs) -> None:
 def summary(arguments: Configs) -> None:
     """Print the model's layers with shapes, parameters and multiply-adds."""
     config = load_words(arguments, _say)
-    from dist_train.report.summary import summarize
+    from dist_train.tools.summary import summarize
 
     summarize(config)
 
@@ -155,7 +155,7 @@ def samples(
 ) -> None:
     """Draw training images with their class names, as they are read and as the model sees them."""
     config = load_words(arguments, _say)
-    from dist_train.report.samples import draw
+    from dist_train.tools.samples import draw
 
     draw(config, output, count)
     print(f"written: {output}")
@@ -169,7 +169,7 @@ def replay(
     trust: Trust = False,
 ) -> None:
     """Rebuild a step on one CPU: its samples as the model saw them, and each one's loss."""
-    from dist_train import replay as replaying
+    from dist_train.tools import replay as replaying
 
     replayed = replaying.replay(run, step, trust)
     print(replaying.table(replayed))
@@ -195,7 +195,7 @@ def verify(
         raise UserError(f"--processes: a number, or several as 1,2,4, not '{processes}'.")
     import tempfile
 
-    from dist_train.verify import Trial, verify
+    from dist_train.tools.verify import Trial, verify
 
     trial = Trial(steps, kills, tuple(map(int, numbers)), seed)
     with tempfile.TemporaryDirectory(prefix="dist-train-verify-") as folder:
@@ -230,7 +230,7 @@ def submit(
         "account": account,
     }
     config = load_words(words, _say)
-    from dist_train import submit as submission
+    from dist_train.cluster import submit as submission
 
     command = submission.command(config, words, options, further)
     print(shlex.join(command), flush=True)
@@ -249,7 +249,7 @@ def sweep(
     count: Annotated[bool, typer.Option("--count", help="Print the number of tasks.")] = False,
 ) -> None:
     """Print the runs of a sweep, each checked, for SLURM's job arrays: see slurm/sweep.sbatch."""
-    from dist_train import sweep as sweeps
+    from dist_train.cluster import sweep as sweeps
 
     if list_ + count + (task is not None) > 1:
         raise UserError("sweep: give one of --list, --task and --count.")
@@ -271,7 +271,7 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what has become of runs: state, step, speed, SLURM job, last trouble."""
-    from dist_train.report import status as report
+    from dist_train.tools import status as report
 
     rows = report.collect(runs or [])
     if json:
@@ -287,7 +287,7 @@ def doctor(
     runs: Annotated[Path, typer.Option(help="Folder of the runs, whose disk is measured.")] = Path("runs"),
 ) -> None:
     """Measure what this machine can do. Exit code 1: something makes training impossible."""
-    from dist_train.doctor import examine
+    from dist_train.tools.doctor import examine
 
     impossible = False
     for finding in examine(runs):

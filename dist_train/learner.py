@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dist_train import models, optim, tasks
+from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, UserError, to_mapping
 from dist_train.data import Batch, Data, first_batch
 from dist_train.evaluate import Unread, evaluate
@@ -24,7 +25,6 @@ from dist_train.parts import default_parts, parts_per_rank
 from dist_train.rows import rows_of
 from dist_train.runtime import Runtime
 from dist_train.seeds import key, seed_device, seed_weights
-from dist_train.sharded import Wanted
 from dist_train.tasks import Task
 from dist_train.tree import tree_sum
 

@@ -21,10 +21,10 @@ from torch import nn
 from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime, tasks
+from dist_train.checkpoint.files import write_output
 from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
 from dist_train.data.images import as_text, image_paths, read_image
 from dist_train.evaluate import evaluate
-from dist_train.files import write_output
 
 FORMATS = ("table", "csv", "json")
 BATCH = 64  # images predicted at once

@@ -16,6 +16,7 @@ from torch import nn
 
 from dist_train import checkpoint, data, optim, runtime, tasks
 from dist_train import state as states
+from dist_train.checkpoint.snapshot import unreadable
 from dist_train.config import (
     Config,
     RunError,
@@ -34,7 +35,6 @@ from dist_train.parts import keeps_bits
 from dist_train.record.history import read_status
 from dist_train.record.record import Begin, Record
 from dist_train.runtime import Runtime
-from dist_train.snapshot import unreadable
 from dist_train.state import State
 from dist_train.tasks import Task
 from dist_train.trainer import Job, Trainer
@@ -221,7 +221,7 @@ def _saver(config: Config, ranks: Runtime, record: Record) -> checkpoint.Checkpo
     run, keep = config.run_dir, config.checkpoint.keep
     if not config.checkpoint.sharded:
         return checkpoint.Checkpoints(run, keep, record.warn, ranks.is_main)
-    from dist_train.sharded_saver import ShardedCheckpoints  # takes a second to import
+    from dist_train.checkpoint.sharded_saver import ShardedCheckpoints  # takes a second to import
 
     return ShardedCheckpoints(run, keep, record.warn, ranks, config.timeout_seconds)
 

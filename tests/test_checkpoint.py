@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dist_train import checkpoint
+from dist_train.checkpoint.stored import FIRST_SECONDS, SHORTEST_SECONDS
 from dist_train.config import UserError
 from dist_train.record.history import read_metrics
 from tests.distributed.ranks import same_bits
@@ -118,14 +119,14 @@ def test_weights_that_are_not_finite_are_never_saved(saver: checkpoint.Checkpoin
 def test_the_interval_between_saves_follows_their_cost_and_the_interruptions(
     saver: checkpoint.Checkpoints,
 ) -> None:
-    assert saver.interval(3600) == checkpoint.FIRST_SECONDS
+    assert saver.interval(3600) == FIRST_SECONDS
     saver.stall_seconds = [9.0, 2.0, 2.0]  # the first one also allocates
     assert saver.interval(3600) == 120  # sqrt(2 x 2 s x 3,600 s)
     assert saver.interval(4 * 3600) == 240
     saver.write_seconds = 100
     assert saver.interval(3600) == 400  # the disk is not kept busy all the time
     saver.stall_seconds, saver.write_seconds = [1e-6, 1e-6], 0
-    assert saver.interval(3600) == checkpoint.SHORTEST_SECONDS
+    assert saver.interval(3600) == SHORTEST_SECONDS
 
 
 def test_checkpoints_are_written_when_the_configuration_says(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dist_train.config import UserError
 from dist_train.data.images import InMemory
-from dist_train.report import pictures, samples
+from dist_train.tools import pictures, samples
 from tests.test_data import config
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dist_train.config import UserError
 from dist_train.record.history import read_metrics
-from dist_train.replay import replay
+from dist_train.tools.replay import replay
 from tests.processes import Finished
 from tests.worlds import SMALL
 

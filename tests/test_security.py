@@ -19,7 +19,7 @@ from dist_train import fit, load
 from dist_train.checkpoint import load as load_checkpoint
 from dist_train.config import UserError, from_file
 from dist_train.predict import evaluate_run, load_model, predict, write
-from dist_train.replay import replay, table
+from dist_train.tools.replay import replay, table
 from tests.processes import Finished, one_after_the_other
 from tests.worlds import SMALL, pictures, write_npz
 
@@ -90,7 +90,7 @@ NAMES: list[tuple[str, Any, dict[str, Any], str]] = [
     ("model.name", "torch.utils.cpp_extension:load", {}, "predict"),
     ("model.name", "torchvision.io:write_file", {}, "predict"),
     ("model.name", "timm.models:load_checkpoint", {}, "predict"),
-    ("model.name", "dist_train.submit:submit", {"words": ["touch", "ran"]}, "predict"),
+    ("model.name", "dist_train.cluster.submit:submit", {"words": ["touch", "ran"]}, "predict"),
     ("model.name", "torch.nn:functional", {}, "predict"),
     ("data.name", "os:system", TOUCH, "eval replay"),
     ("data.name", "hostile:Data", {}, "eval"),

@@ -26,8 +26,8 @@ from dist_train.data.order import Part
 from dist_train.data.transforms import ImageTransform
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_metrics
-from dist_train.replay import picture, replay
 from dist_train.tasks import Segmentation
+from dist_train.tools.replay import picture, replay
 from tests.distributed import ranks as jobs
 from tests.processes import Finished
 

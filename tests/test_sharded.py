@@ -16,11 +16,12 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from dist_train import checkpoint, sharded, sharded_saver
+from dist_train import checkpoint
+from dist_train.checkpoint import sharded, sharded_saver
+from dist_train.checkpoint.files import Damaged
+from dist_train.checkpoint.sharded_saver import ShardedCheckpoints
 from dist_train.config import UserError
-from dist_train.files import Damaged
 from dist_train.rows import rows_of
-from dist_train.sharded_saver import ShardedCheckpoints
 from tests.distributed.group import Group, on_ranks
 from tests.distributed.ranks import equal
 from tests.faults.operations import watch

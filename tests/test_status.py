@@ -17,7 +17,7 @@ import pytest
 
 from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
-from dist_train.report.status import collect
+from dist_train.tools.status import collect
 from tests.processes import Finished
 
 RUNNING = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from dist_train.cluster.submit import command, script, submit
 from dist_train.config import UserError, load
-from dist_train.submit import command, script, submit
 from tests.processes import REPO, Finished
 
 BIN = str(Path(sys.executable).parent)
@@ -103,7 +103,7 @@ def test_the_batch_script_is_found_in_the_repository_in_a_wheel_and_here(
     wheel = tmp_path / "site-packages/dist_train"  # as pyproject.toml's force-include lays it out
     shutil.copytree(REPO / "dist_train", wheel, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copytree(REPO / "slurm", wheel / "slurm")
-    program = "from dist_train.submit import script; print(script().resolve())"
+    program = "from dist_train.cluster.submit import script; print(script().resolve())"
     environment: dict[str, Any] = {"PYTHONPATH": wheel.parent}
     assert run("-c", program, env=environment).out.strip() == str(wheel / "slurm/train.sbatch")
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from dist_train.cluster.sweep import draw, expand, pick, text
 from dist_train.config import UserError, load
-from dist_train.sweep import draw, expand, pick, text
 from tests.processes import REPO, Finished
 
 COMMAND = [

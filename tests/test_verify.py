@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_train import load
-from dist_train.verify import _culprit, _flat, _unequal
+from dist_train.tools.verify import _culprit, _flat, _unequal
 from tests.processes import Finished
 from tests.worlds import SMALL
 

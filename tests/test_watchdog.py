@@ -24,7 +24,7 @@ from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import Lock
 from dist_train.guard.watchdog import last_rank
 from dist_train.record.history import read_status
-from dist_train.report.status import collect
+from dist_train.tools.status import collect
 from tests.distributed.ranks import last
 from tests.processes import REPO, Finished, finish
 from tests.warm import Process

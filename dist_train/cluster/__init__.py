@@ -1,1 +1,1 @@
-"""What starts processes: SLURM, torchrun, Accelerate."""
+"""What starts processes: SLURM, torchrun, Accelerate; and jobs and sweeps for SLURM."""

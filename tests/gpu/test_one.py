@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from dist_train.checkpoint.snapshot import to_cpu
 from dist_train.record.history import read_metrics, read_status
-from dist_train.replay import replay
-from dist_train.snapshot import to_cpu
+from dist_train.tools.replay import replay
 from tests.distributed.ranks import equal, last, same_bits
 from tests.gpu.conftest import DEVICE
 from tests.processes import Finished

@@ -106,7 +106,7 @@ def _all_reduce() -> Iterator[Finding]:
 
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "dist_train.doctor", str(Path(folder, "meet"))]
+        words = [sys.executable, "-m", "dist_train.tools.doctor", str(Path(folder, "meet"))]
         ranks = [
             Popen([*words, str(r), backend], stdout=PIPE, stderr=PIPE, encoding="utf-8", errors="replace")
             for r in range(2)
@@ -127,7 +127,7 @@ def _all_reduce() -> Iterator[Finding]:
 
 
 def _reduce(file: str, rank: int, backend: str) -> None:
-    """One of the two, started as `python -m dist_train.doctor FILE RANK BACKEND`: prints GB/s."""
+    """One of the two, started as `python -m dist_train.tools.doctor FILE RANK BACKEND`: prints GB/s."""
     import torch
     from torch import distributed as dist
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from dist_train.checkpoint.files import Damaged
 from dist_train.config import UserError
-from dist_train.files import Damaged
 
 FORMAT = 1
 MANIFEST = "manifest.json"

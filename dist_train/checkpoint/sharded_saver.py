@@ -22,12 +22,12 @@ from typing import Any, Protocol
 
 import torch
 
-from dist_train.checkpoint import Checkpoints, reason_of, step_of
+from dist_train.checkpoint.files import sync_folder, write_atomically
+from dist_train.checkpoint.sharded import DTYPES, FORMAT, MANIFEST, dump, is_covered, rows
+from dist_train.checkpoint.snapshot import PLAIN, is_finite, to_cpu
+from dist_train.checkpoint.stored import Checkpoints, reason_of, step_of
 from dist_train.config import UserError
-from dist_train.files import sync_folder, write_atomically
 from dist_train.rows import held
-from dist_train.sharded import DTYPES, FORMAT, MANIFEST, dump, is_covered, rows
-from dist_train.snapshot import PLAIN, is_finite, to_cpu
 
 SMALL = 2**20  # bytes; of what all ranks hold, rank 0 writes the tensors that are smaller
 GRACE_SECONDS = 5.0  # for the parts of ranks that may be gone

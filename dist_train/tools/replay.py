@@ -22,9 +22,9 @@ from dist_train.config import Config, UserError, completed, counted, from_file, 
 from dist_train.learner import Learner
 from dist_train.nested import map_tensors
 from dist_train.record.history import read_attempts, read_status
-from dist_train.report.pictures import write_grid
 from dist_train.runtime import Runtime
 from dist_train.state import State
+from dist_train.tools.pictures import write_grid
 from dist_train.tree import tree_sum
 
 COLUMNS = 8

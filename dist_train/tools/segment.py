@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from dist_train import files
+from dist_train.checkpoint import files
 from dist_train.config import UserError
 from dist_train.data.images import as_text, read_image
 from dist_train.data.masks import mask_file

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from dist_train.checkpoint.files import write_output
 from dist_train.config import UserError
-from dist_train.files import write_output
 
 Cell = tuple[torch.Tensor, str]  # an image [C, H, W] and its title
 

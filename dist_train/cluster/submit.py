@@ -44,7 +44,7 @@ def command(
 
 def script(name: str = "train.sbatch") -> Path:
     """A batch script: your own in ./slurm, or the repository's, or the one in the installed package."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (Path("slurm"), package.parent / "slurm", package / "slurm"):
         if (folder / name).is_file():
             return folder / name

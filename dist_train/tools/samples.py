@@ -12,7 +12,7 @@ from dist_train import data
 from dist_train.config import Config, UserError
 from dist_train.data.masks import painted
 from dist_train.data.transforms import ImageTransform
-from dist_train.report.pictures import Cell, write_grid
+from dist_train.tools.pictures import Cell, write_grid
 
 COLUMNS = 8
 

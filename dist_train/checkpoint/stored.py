@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from dist_train import sharded
+from dist_train.checkpoint import sharded
+from dist_train.checkpoint.files import Damaged, delete, point, write_atomically
+from dist_train.checkpoint.sharded import Wanted
+from dist_train.checkpoint.snapshot import is_finite, to_cpu, unreadable
 from dist_train.config import UserError
-from dist_train.files import Damaged, delete, point, write_atomically
-from dist_train.sharded import Wanted
-from dist_train.snapshot import is_finite, to_cpu, unreadable
 
 FORMAT = 2
 # What each file holds, and of which kinds.

@@ -1,1 +1,0 @@
-"""Looking at a run: the model's layers, the training images."""

@@ -1,0 +1,1 @@
+"""What is done to runs besides training: looking at them, rebuilding steps, putting a job to the test."""
