@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from dist_train import checkpoint
-from dist_train.checkpoint.stored import FIRST_SECONDS, SHORTEST_SECONDS
+from dist_train.checkpoint.saver import FIRST_SECONDS, SHORTEST_SECONDS
 from dist_train.config import UserError
 from dist_train.record.history import read_metrics
 from tests.distributed.ranks import same_bits

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_train import checkpoint
-from dist_train.checkpoint import stored
+from dist_train.checkpoint import saver
 from dist_train.config import RunError, UserError
 from dist_train.predict import load_model
 from dist_train.record.history import read_status
@@ -212,7 +212,7 @@ def test_an_error_of_any_class_while_writing_is_told_and_ends_the_run(
     def fail(value: Any) -> bool:
         raise AttributeError("can't be so")
 
-    monkeypatch.setattr(stored, "is_finite", fail)
+    monkeypatch.setattr(saver, "is_finite", fail)
     with pytest.raises(RunError, match=r"is not saved: .*AttributeError: can't be so"):
         here(*small, "checkpoint.every=3", "train.steps=1000")
     assert read_status(tmp_path / "runs/run")["state"] == "failed"

@@ -4,9 +4,9 @@ A sharded one, of which each rank writes its part, is for the others what any ot
 """
 
 from dist_train.checkpoint.files import Damaged, write_atomically
+from dist_train.checkpoint.saver import Checkpoints
 from dist_train.checkpoint.stored import (
     FORMAT,
-    Checkpoints,
     find,
     is_linked,
     is_whole,

@@ -23,9 +23,10 @@ from typing import Any, Protocol
 import torch
 
 from dist_train.checkpoint.files import sync_folder, write_atomically
+from dist_train.checkpoint.saver import Checkpoints, reason_of
 from dist_train.checkpoint.sharded import DTYPES, FORMAT, MANIFEST, dump, is_covered, rows
 from dist_train.checkpoint.snapshot import PLAIN, is_finite, to_cpu
-from dist_train.checkpoint.stored import Checkpoints, reason_of, step_of
+from dist_train.checkpoint.stored import step_of
 from dist_train.config import UserError
 from dist_train.rows import held
 
