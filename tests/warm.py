@@ -42,7 +42,7 @@ class Process:
         self, command: Sequence[Any], cwd: Path, env: Mapping[str, str], output: Path, errors: Path
     ) -> None:
         self.output, self.errors = output, errors
-        self.args = list(command) if callable(command[0]) else list(map(str, command))
+        self.args = list(command) if command and callable(command[0]) else list(map(str, command))
         given = (self.args, str(cwd), dict(env), str(output), str(errors))
         self._process = CONTEXT.Process(target=_main, args=given)
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # for the server, if it starts now
