@@ -96,7 +96,7 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
         (2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
     ):
         os.dup2(os.open(path, flags, 0o666), number)
-    first, *rest = command
+    first, *rest = command or [""]
     try:
         if callable(first):
             first(*rest)
