@@ -52,7 +52,9 @@ class Parallel:
         # One call wraps the model: autocast, and DDP where there are several ranks.
         called: nn.Module = self.ranks.accelerator.prepare_model(self.model)
         if self.config.compile:
-            self.model.compile()
+            # Else the second size of a batch makes code for all sizes, which adds up in another order; which
+            # size that is depends on where this attempt began.
+            self.model.compile(dynamic=False)
         return called
 
     def follow(self, average: nn.Module) -> nn.Module:

@@ -109,16 +109,15 @@ def test_fashion_mnist_is_looked_for_in_this_order(
 
 
 def test_the_shipped_sample_is_used_with_one_line_that_says_so(
-    tmp_path: Path, run: Callable[..., Finished]
+    tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
-    hidden = (
-        "import pathlib, torch, dist_train.data.fashion_mnist as fashion;"
-        "fashion.DEBIAN = pathlib.Path('nowhere'); torch.hub.set_dir('cache/hub');"
-        "from dist_train.cli import main; main()"
+    (tmp_path / "hidden.py").write_text(
+        "import pathlib, torch, dist_train.data.fashion_mnist as fashion\n"
+        "fashion.DEBIAN = pathlib.Path('nowhere'); torch.hub.set_dir('cache/hub')\n"
+        "from dist_train.cli import main; main()\n"
     )
-    result = run(
-        "-c", hidden, "train", *SMALL, "data.name=fashion_mnist", "data.root=null", "data.args.download=false"
-    )
+    words = ["data.name=fashion_mnist", "data.root=null", "data.args.download=false"]
+    result = cli("hidden.py", "train", *SMALL, *words)
     assert result.rc == 0, result
     told = [line for line in result.err.splitlines() if "sample" in line and "data.root" in line]
     assert len(told) == 1, result

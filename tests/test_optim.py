@@ -20,7 +20,8 @@ from dist_train.config.options import OBJECT
 from dist_train.config.schema import each_key
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_attempts, read_metrics
-from tests.distributed.ranks import last, same_bits
+from tests.distributed.ranks import equal, last, same_bits
+from tests.processes import Finished
 from tests.worlds import SMALL
 
 
@@ -454,6 +455,27 @@ def test_a_compiled_model_trains_to_the_same_and_its_checkpoint_is_plain(
     assert torch.allclose(flat(plain["model"]), flat(compiled["model"]), atol=1e-5)
     metrics = evaluate_run("runs/compiled", ["compile=false"])
     assert metrics["eval/loss"] == pytest.approx(compiled["metrics"]["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.long
+def test_a_compiled_run_that_goes_on_in_another_process_ends_with_the_same_bits(
+    cli: Callable[..., Finished], small: list[str], tmp_path: Path, missing: Callable[[str], Any]
+) -> None:
+    """Step 6 is a short batch, with which the second process begins: code for it is used for no other."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        missing("torch.compile needs a C++ compiler")
+    words = [
+        "train",
+        *small,
+        "compile=true",
+        "model.name=cnn",
+        "model.args.widths=[8,16]",
+        "eval.every=never",
+    ]
+    for name, steps in (("straight", 12), ("halting", 5), ("halting", 12)):
+        finished = cli(*words, f"run.name={name}", f"train.steps={steps}", timeout=300)
+        assert finished.rc == 0, finished
+    assert equal(weights(tmp_path, "straight")["model"], weights(tmp_path, "halting")["model"])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

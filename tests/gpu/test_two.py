@@ -15,7 +15,7 @@ from tests.distributed.ranks import equal, last, same_bits
 from tests.processes import Finished, finish
 from tests.warm import Process
 
-SPREAD = {"ddp": ["parallel.name=ddp"], "fsdp": ["parallel.name=fsdp"]}
+SPREAD = {"ddp": [], "fsdp": ["parallel.name=fsdp"]}
 PARTS = "train.parts=4"
 
 
@@ -54,7 +54,7 @@ def test_a_run_killed_on_two_gpus_goes_on_on_two_and_on_one_with_the_same_bits(
     assert codes(undisturbed) == [0, 0], undisturbed[0]
     for name, processes in (("two", 2), ("one", 1)):
         killed = ranks(2, *words, f"run.name={name}", env={"DIES_AT": 8 * 11})
-        assert codes(killed) == [-9, -9], killed
+        assert -9 in codes(killed) and 0 not in codes(killed), killed  # one may notice the other
         ended = ranks(2, *words, f"run.name={name}") if processes == 2 else [cli(*words, f"run.name={name}")]
         assert codes(ended) == [0] * processes, ended[0]
         assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, name)), name
