@@ -63,6 +63,7 @@ def test_processes_whose_bits_must_differ_are_refused(cli: Callable[..., Finishe
     assert result.rc == 2 and "as 1,2,4, not '1,x'" in result.err, result
 
 
+@pytest.mark.long
 def test_a_transform_with_random_numbers_of_its_own_is_named(
     cli: Callable[..., Finished], npz: Path, tmp_path: Path
 ) -> None:
