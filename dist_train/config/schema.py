@@ -1,4 +1,4 @@
-"""The keys of the configuration: one dataclass per section, one documented field per key."""
+"""All keys of the configuration: those of its sections (sections.py), and those that belong to none."""
 
 from __future__ import annotations
 
@@ -7,241 +7,21 @@ from dataclasses import InitVar, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.config.options import OBJECT, Rule, option, section
-
-
-@dataclass
-class RunConfig:
-    """Where the run lies: in the folder `run.dir`/`run.name`."""
-
-    dir: str = option("runs", "Folder that holds the runs.")
-    name: str = option("", "Name of the run's folder; empty: the name of the first config file.")
-
-
-@dataclass
-class DataConfig:
-    """What is read, and what is done to each image."""
-
-    name: str = option(
-        "fashion_mnist",
-        "fashion_mnist, image_folder, csv, arrays, image_masks, a class of torchvision.datasets, or "
-        "`package.module:object`.",
-    )
-    root: str | None = option(None, "Folder of the data set.", may_change=True)
-    args: dict[str, Any] = option({}, "Further arguments of the source; checked against its signature.")
-    train_transform: list[Any] | None = option(
-        None,
-        "Transforms of a training image, random ones among them: names of torchvision.transforms.v2, "
-        "`Name: {argument: value}`, or `package.module:object`. null: the same as eval_transform.",
-    )
-    eval_transform: list[Any] = option([], "Transforms of an image in evaluation and prediction.")
-    mean: list[float] = option([], "Mean of each channel (of values from 0 to 1), subtracted; empty: none.")
-    std: list[float] = option([], "Standard deviation of each channel, divided by; empty: none.")
-    target_transform: str | None = option(
-        None, "What is done to each label: `one_hot`, or `package.module:object`."
-    )
-    eval_fraction: float = option(
-        0.0,
-        "Share of the training set to hold out for evaluation, for data without an eval set.",
-        least=0,
-        below=1,
-    )
-    shuffle: bool = option(True, "A new order in each epoch; false: always the order of the files.")
-    on_bad_sample: str = option(
-        "stop",
-        "What happens to an image that can't be read. skip: another one takes its place in training, "
-        "evaluation leaves it out, and bad_samples.jsonl lists it.",
-        choices=("stop", "skip"),
-        may_change=True,
-    )
-    drop_last: bool = option(False, "Leave out the last, short global batch of each epoch.")
-    workers: int | None = option(
-        None,
-        "Loader processes per rank; null: none for data in memory, else this rank's share of the CPUs.",
-        least=0,
-        most_from_file=256,
-        may_change=True,
-    )
-    prefetch: int = option(
-        4,
-        "Micro-batches that each worker prepares in advance.",
-        least=1,
-        most_from_file=1024,
-        may_change=True,
-    )
-    pin_memory: bool | None = option(
-        None, "Page-locked batches; null: where the device is a GPU.", may_change=True
-    )
-
-
-@dataclass
-class ModelConfig:
-    """Which network is trained."""
-
-    name: str = option(
-        "mlp",
-        "mlp, cnn, unet, a classifier or segmentation model of torchvision.models, timm/NAME, or "
-        "`package.module:object`.",
-    )
-    args: dict[str, Any] = option({}, "Further arguments of the model; checked against its signature.")
-
-
-@dataclass
-class TaskConfig:
-    """What the model learns: loss and metrics."""
-
-    name: str = option("classification", "classification, segmentation, or `package.module:object`.")
-    args: dict[str, Any] = option({}, "Arguments of the task, such as label_smoothing.")
-
-
-@dataclass
-class OptimConfig:
-    """How weights follow gradients."""
-
-    name: str = option("SGD", "A class of torch.optim, or `package.module:object`.")
-    lr: float = option(1e-3, "Peak learning rate.", least=0)
-    args: dict[str, Any] = option({}, "Further arguments, such as momentum or weight_decay; checked.")
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate as a function of the step."""
-
-    name: str = option(
-        "constant",
-        "Shape of the learning rate after the warm-up.",
-        choices=("constant", "linear", "cosine", "one_cycle", "step", OBJECT),
-    )
-    warmup: int | str = option(0, "Linear warm-up before it: `500` (optimizer steps) or `2 epochs`.")
-    args: dict[str, Any] = option(
-        {}, "Arguments of the schedule, such as final (share of the peak); checked."
-    )
-
-
-@dataclass
-class TrainConfig:
-    """How long and in which batches."""
-
-    batch_size: int = option(
-        64, "Global batch: samples per optimizer step over all ranks.", least=1, most_from_file=2**20
-    )
-    epochs: int | None = option(None, "Length in epochs; give this or train.steps.", least=1, may_change=True)
-    steps: int | None = option(
-        None, "Length in optimizer steps; give this or train.epochs.", least=1, may_change=True
-    )
-    accumulate: int = option(
-        1,
-        "Parts of a step that each rank of a new run computes, one after the other.",
-        least=1,
-        most_from_file=2**16,
-        may_change=True,
-    )
-    parts: int | None = option(
-        None,
-        "Parts that each global batch is cut into: all numbers of processes that can share them evenly give "
-        "the same bits. null: as many as the run began with, processes x train.accumulate.",
-        least=1,
-        most_from_file=2**16,
-        may_change=True,
-    )
-    same_bits: bool = option(
-        True,
-        "Add up gradients in one order, whatever the number of processes; false: as DDP does, with other "
-        "bits on each number of processes.",
-        may_change=True,
-    )
-    clip_norm: float = option(0.0, "Largest norm of the gradient; 0: no clipping.", least=0)
-    ema: float = option(
-        0.0, "Decay of the moving average of weights used in evaluation; 0: none.", least=0, below=1
-    )
-
-
-@dataclass
-class ParallelConfig:
-    """How a model is spread over several processes: see docs/parallel.md."""
-
-    name: str = option(
-        "ddp",
-        "ddp: each process holds the whole model; fsdp: each one holds a share of each weight, of its "
-        "gradient and of the optimizer's state (FSDP2).",
-        choices=("ddp", "fsdp"),
-    )
-    wrap: list[str] = option(
-        [],
-        "fsdp: which parts of the model are gathered, computed and freed one at a time, by names such as "
-        "`blocks.*`; empty: each child of its Sequentials and ModuleLists.",
-    )
-    gather: str = option(
-        "fp32",
-        "fsdp: as what weights are gathered; bf16, with precision=bf16, takes half of the memory and of the "
-        "traffic, and gives other bits than ddp.",
-        choices=("fp32", "bf16"),
-    )
-    recompute: bool = option(
-        False, "fsdp: keep only the inputs of each part, and compute the rest again in the backward pass."
-    )
-    offload: bool = option(False, "fsdp: keep weights and the optimizer's state in the CPU's memory.")
-    mesh: list[int] = option(
-        [], "fsdp: `[replicas, shards]`, whose product is the number of processes; empty: one replica."
-    )
-
-
-@dataclass
-class EvalConfig:
-    """When and in which batches the eval set is measured."""
-
-    every: int | str = option("1 epoch", "`500` (steps), `2 epochs` or `never`; always at the end.")
-    batch_size: int | None = option(
-        None, "Samples per rank and batch; null: 4 micro-batches.", least=1, most_from_file=2**20
-    )
-
-
-@dataclass
-class CheckpointConfig:
-    """When the state is saved, and what is kept."""
-
-    every: int | str = option(
-        "1 epoch",
-        "`500` (steps), `2 epochs`, `10 minutes`, several of them with commas, `never`, or `auto`: as "
-        "often as is best for what a save costs and how often the run was interrupted.",
-    )
-    sharded: bool = option(
-        False,
-        "Each process writes its part, into one folder that all of them share; for states that rank 0 can't "
-        "hold. false: rank 0 writes one file.",
-    )
-    keep: int = option(2, "How many of the newest checkpoints are kept; the best is kept besides.", least=1)
-    best: str = option(
-        "",
-        "Metric that tells the best, as `max eval/accuracy`; empty: the task's own; `none`: no best.",
-    )
-
-
-@dataclass
-class LogConfig:
-    """How often a row of metrics is written."""
-
-    every: int = option(50, "Optimizer steps between two rows.", least=1)
-    batches: bool = option(
-        False, "Record which samples each step read and a checksum of what the model got; slow."
-    )
-
-
-@dataclass
-class WandbConfig:
-    """The mirror of the metrics in Weights & Biases."""
-
-    mode: str = option(
-        "auto",
-        "auto: online with an API key, else offline.",
-        choices=("auto", "online", "offline", "disabled"),
-    )
-    project: str = option("dist_train", "Project.")
-    entity: str | None = option(None, "Team or user.")
-    group: str | None = option(None, "Group of runs.")
-    name: str | None = option(None, "Name shown; null: run.name.")
-    tags: list[str] = option([], "Tags.")
-    notes: str | None = option(None, "Notes.")
+from dist_train.config.options import Rule, option, section
+from dist_train.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TrainConfig,
+    WandbConfig,
+)
 
 
 @dataclass
