@@ -110,20 +110,7 @@ def start(config: Config) -> Runtime:
     os.environ.update(slurm.ranks(os.environ))
     slurm.check_ranks(os.environ)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if (asked := asked_of_accelerate()) and asked > world_size:
-        raise UserError(
-            f"accelerate was asked for {counted(asked, 'process')} but started {world_size}, as it does with"
-            " its CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
-        )
-    if world_size > 1 and not os.environ.get("MASTER_ADDR"):
-        raise UserError(
-            f"WORLD_SIZE is {world_size}, but MASTER_ADDR, where ranks meet, is not set; start them by"
-            " torchrun, accelerate launch or srun."
-        )
-    if world_size > 1 and os.environ.get("MASTER_PORT") == "0":
-        raise UserError(
-            "MASTER_PORT is 0, where ranks can't meet; use torchrun --standalone for a free port."
-        )
+    _check_meeting(world_size)
     device = choose_device(config.device, torch.cuda.is_available(), torch.backends.mps.is_available())
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -163,6 +150,24 @@ def start(config: Config) -> Runtime:
         world_size=accelerator.num_processes,
         local_world_size=local_world_size,
     )
+
+
+def _check_meeting(world_size: int) -> None:
+    """Raises UserError where fewer processes came up than were asked for, or could not find each other."""
+    if (asked := asked_of_accelerate()) and asked > world_size:
+        raise UserError(
+            f"accelerate was asked for {counted(asked, 'process')} but started {world_size}, as it does with"
+            " its CPU settings; use launch/cpu_2.yaml, whose distributed_type is MULTI_GPU, or torchrun."
+        )
+    if world_size > 1 and not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"WORLD_SIZE is {world_size}, but MASTER_ADDR, where ranks meet, is not set; start them by"
+            " torchrun, accelerate launch or srun."
+        )
+    if world_size > 1 and os.environ.get("MASTER_PORT") == "0":
+        raise UserError(
+            "MASTER_PORT is 0, where ranks can't meet; use torchrun --standalone for a free port."
+        )
 
 
 def _meet(backend: str, timeout: timedelta) -> None:

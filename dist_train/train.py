@@ -156,12 +156,19 @@ def _fit(
     state.best, state.best_step = ranks.from_main((saver.best, saver.best_step))
     state.best_by = by
     guard.watch(ranks, record.fail if ranks.is_main else None)
+    end = _attempt(job, state, record, saver, guard)
+    ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
+    return Result(config.run_dir, end, learner.step, state.metrics, best.named(state.best))
+
+
+def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoints, guard: Guard) -> str:
+    """Trains, closes the record, and returns how that ended: `completed` or `interrupted`."""
     end, reason = "failed", ""
     try:
         record.account.seconds["starting"] += time.monotonic() - guard.started
         trainer = Trainer(job, state, record, saver, guard)
-        if any(ranks.gather(guard.asked)):  # a signal came while all this was built
-            reason = guard.why_stopped(ranks)
+        if any(job.ranks.gather(guard.asked)):  # a signal came while all this was built
+            reason = guard.why_stopped(job.ranks)
         else:
             reason = trainer.train()
         end = "interrupted" if reason else "completed"
@@ -178,9 +185,8 @@ def _fit(
         guard.end_watch()
         if end == "failed":
             saver.close()
-        record.close(end, learner.step, learner.skipped, reason)
-    ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
-    return Result(config.run_dir, end, learner.step, state.metrics, best.named(state.best))
+        record.close(end, state.step, state.learner.skipped, reason)
+    return end
 
 
 def _prepare(config: Config, ranks: Runtime, given: Given) -> tuple[Config, Job, Task]:
