@@ -48,6 +48,8 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
         # One kernel for all weights. Not with fp16, whose scaler must see every step.
         fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
+        if hasattr(weights[0], "placements"):  # of shards torch's Adams alone have one
+            fits = fits and issubclass(cls, (torch.optim.Adam, torch.optim.AdamW))
         args |= {"fused": True} if fits and weights[0].device.type in ("cpu", "cuda") else {}
     optimizer = construct(partial_named(cls, weights), args, "optim.args", lr=config.optim.lr)
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -137,6 +137,12 @@ def test_bf16_has_the_same_bits_also_where_weights_are_gathered_so(tmp_path: Pat
         assert same_bits(ddp, other)
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "AdamW"])
+def test_an_optimizer_needs_no_fused_kernel_for_shards(optimizer: str, tmp_path: Path) -> None:
+    (saved,) = runs(tmp_path, [*MLP, f"optim.name={optimizer}", "train.steps=2"], ("two", 2, [FSDP]))
+    assert saved["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -52,8 +52,10 @@ def job(tmp_path: Path) -> list[str]:
     """Arguments of a training of 24 steps on the GPU: convolutions, BatchNorm, dropout, AdamW, an average."""
     (tmp_path / "mine.py").write_text(MINE)
     write_npz(tmp_path)
+    # The CPU's fused kernels round the last few numbers of a shard otherwise.
+    fused = [] if DEVICE == "cuda" else ["optim.args.fused=false"]
     return [
-        *SMALL, f"device={DEVICE}", "deterministic=true",
+        *SMALL, *fused, f"device={DEVICE}", "deterministic=true",
         "data.train_transform=[RandomHorizontalFlip,mine:dies]",
         "model.name=mine:net", "optim.name=AdamW", "optim.lr=0.01", "train.ema=0.9", "train.clip_norm=1",
         "train.steps=24", "checkpoint.every=5", "eval.every=8",
