@@ -49,7 +49,7 @@ class Sharded(Parallel):
         if self.in_order and not hasattr(FSDPModule, "set_custom_reduce_scatter"):
             raise UserError(
                 f"parallel.name: torch {torch.__version__} can't add up the gradients of a sharded model in a"
-                " fixed order; use torch 2.9 or newer, or train.same_bits=false."
+                " fixed order; use a newer one, or train.same_bits=false."
             )
         called = self._shard(self.model)
         for module in self.model.modules():
@@ -133,6 +133,23 @@ class Sharded(Parallel):
                 place[first : first + count] = row_norms(local(weight.grad))
         dist.all_reduce(norms, group=self._mesh.get_group("shard"))  # each row is on one rank, else 0
         return list(norms.split(sizes))
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises UserError for an optimizer that can't step on sharded weights; tries it on a small one."""
+        smallest = min(self.weights, key=lambda weight: (-min(weight.ndim, 2), weight.numel()))
+        trial = nn.Parameter(torch.zeros_like(smallest))
+        try:
+            other = type(optimizer)([trial], **optimizer.defaults)
+        except TypeError:  # one of its own making
+            return
+        trial.grad = torch.ones_like(trial)
+        try:
+            other.step()
+        except (NotImplementedError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"optim.name: {type(optimizer).__name__} does not work with parallel.name=fsdp: {reason}"
+            ) from None
 
     def evaluated(self, model: nn.Module) -> None:
         """After an evaluation: the outermost module would keep its weights, and not see them change."""

@@ -69,6 +69,7 @@ class Learner:
             self.average = self.parallel.follow(self.average)
         with ranks.together():
             self.optimizer = optim.build(config, self.model)
+            self.parallel.check(self.optimizer)
         # Accelerate's wrapper of the optimizer costs 60 us a step, and only fp16's loss scale needs it.
         self.scaler = ranks.accelerator.scaler
         self._stepping = (

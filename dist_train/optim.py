@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, Every, UserError, construct, counted, import_object, nearest
-from dist_train.rows import local
+from dist_train.rows import is_sharded, local
 
 
 def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -48,7 +48,7 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
         # One kernel for all weights. Not with fp16, whose scaler must see every step.
         fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
-        if hasattr(weights[0], "placements"):  # of shards torch's Adams alone have one
+        if is_sharded(weights[0]):  # of shards torch's Adams alone have one
             fits = fits and issubclass(cls, (torch.optim.Adam, torch.optim.AdamW))
         args |= {"fused": True} if fits and weights[0].device.type in ("cpu", "cuda") else {}
     optimizer = construct(partial_named(cls, weights), args, "optim.args", lr=config.optim.lr)

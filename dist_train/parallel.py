@@ -109,6 +109,9 @@ class Parallel:
         """Scales a gradient of this norm to one of `most`, if it is greater."""
         self.scale(torch.clamp(most / (norm + 1e-6), max=1.0))
 
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises UserError for an optimizer that does not work with a model that is spread so."""
+
     def evaluated(self, model: nn.Module) -> None:
         """To be called after an evaluation of the model, or of its average."""
 

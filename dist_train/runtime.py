@@ -154,6 +154,11 @@ def start(config: Config) -> Runtime:
 
 def _check_meeting(world_size: int) -> None:
     """Raises UserError where fewer processes came up than were asked for, or could not find each other."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(
+            "Accelerate was asked for FSDP, which is not what shards a model here; use launch/fsdp.yaml, and"
+            " parallel.name=fsdp."
+        )
     if (asked := asked_of_accelerate()) and asked > world_size:
         raise UserError(
             f"accelerate was asked for {counted(asked, 'process')} but started {world_size}, as it does with"

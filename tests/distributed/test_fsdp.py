@@ -129,6 +129,16 @@ def test_two_replicas_of_two_shards_and_recomputed_blocks_keep_the_bits(tmp_path
         assert same_bits(one, other)
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "AdamW"])
+def test_optimizers_step_on_shards_by_the_kernel_that_torch_has_for_them(
+    optimizer: str, tmp_path: Path
+) -> None:
+    words = [*MLP, f"optim.name={optimizer}", "optim.args={}", "train.steps=2"]
+    one, two = runs(tmp_path, words, ("one", 1, []), ("two", 2, [FSDP]))
+    for name, value in one["model"].items():
+        assert (value - two["model"][name]).abs().max() < 1e-6
+
+
 def test_bf16_has_the_same_bits_also_where_weights_are_gathered_so(tmp_path: Path) -> None:
     words = [*CNN, *SGD, "precision=bf16", "train.steps=4"]
     ways = [("whole", 2, [FSDP]), ("half", 2, [FSDP, "parallel.gather=bf16"])]
@@ -152,6 +162,7 @@ def test_an_optimizer_needs_no_fused_kernel_for_shards(optimizer: str, tmp_path:
         (["parallel.gather=bf16"], "parallel.gather: bf16 is for precision=bf16"),
         (["model.name=cnn", "parallel.recompute=true"], "has BatchNorm"),
         (["parallel.name=fdsp"], "did you mean 'fsdp'"),
+        (["optim.name=Adafactor"], "optim.name: Adafactor does not work with parallel.name=fsdp"),
     ],
 )
 def test_what_does_not_work_with_it_is_told_in_a_sentence(

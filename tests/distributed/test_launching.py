@@ -93,7 +93,7 @@ def test_accelerate_itself_takes_each_file_and_the_command_in_its_head(file: Pat
     from accelerate.commands.launch import launch_command_parser
 
     loaded = load_config_from_file(str(file))  # refuses unknown keys
-    processes = {"cpu_2": 2, "gpus": 8, "nodes": 16}.get(file.stem, 1)
+    processes = {"cpu_2": 2, "gpus": 8, "fsdp": 8, "nodes": 16}.get(file.stem, 1)
     assert (loaded.num_processes, loaded.use_cpu) == (processes, file.stem.startswith("cpu"))
     assert loaded.distributed_type == ("NO" if processes == 1 else "MULTI_GPU")
     assert loaded.mixed_precision == "no"  # the precision is the configuration's
