@@ -155,6 +155,7 @@ def for_images(
     config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
+    trained = _trained(path, saved, config, model, trust)
     source = completed(saved["config"])["data"]["name"]
     if source.startswith(GIVEN):
         print(
@@ -162,7 +163,7 @@ def for_images(
             " is not done here, only data.eval_transform.",
             file=sys.stderr,
         )
-    return _trained(path, saved, config, model, trust), saved, data.eval_transform(config)
+    return trained, saved, data.eval_transform(config)
 
 
 def check_format(name: str) -> None:
