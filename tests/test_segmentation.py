@@ -247,6 +247,7 @@ def test_it_learns_and_is_evaluated_exactly_by_any_number_of_processes(
     assert refused.rc == 2 and "predicts masks, no classes; name a folder for them by --masks" in refused.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_ends_with_the_same_bits(processes: int, folder: Path, tmp_path: Path) -> None:
     words = [*RECIPE, "data.train_transform=[{RandomCrop: {size: 32, padding: 4}}]", "train.steps=20",
@@ -264,6 +265,7 @@ def test_a_killed_run_ends_with_the_same_bits(processes: int, folder: Path, tmp_
     assert jobs.same_bits(jobs.last(tmp_path, "whole"), jobs.last(tmp_path, "killed"))
 
 
+@pytest.mark.long
 def test_any_number_of_processes_gives_the_same_bits_and_a_step_is_rebuilt_by_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
