@@ -440,6 +440,7 @@ def test_a_cnn_trains_close_to_plain_fp32(
         assert losses[0] != losses[1]  # it did calculate in other numbers
 
 
+@pytest.mark.long
 def test_a_compiled_model_trains_to_the_same_and_its_checkpoint_is_plain(
     here: Callable[..., Any],
     small: list[str],

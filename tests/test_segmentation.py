@@ -248,7 +248,7 @@ def test_it_learns_and_is_evaluated_exactly_by_any_number_of_processes(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_killed_run_ends_with_the_same_bits(processes: int, folder: Path, tmp_path: Path) -> None:
     words = [*RECIPE, "data.train_transform=[{RandomCrop: {size: 32, padding: 4}}]", "train.steps=20",
              "checkpoint.every=6", "log.every=1"]  # fmt: skip

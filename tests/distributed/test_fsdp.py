@@ -38,7 +38,11 @@ def runs(cwd: Path, words: list[str], *ways: tuple[str, int, list[str]]) -> list
     return [state(cwd, name) for name, *_ in ways]
 
 
-@pytest.mark.parametrize("words", [[*MLP, *ADAMW], [*CNN, *SGD]], ids=["mlp-adamw", "cnn-sgd"])
+@pytest.mark.parametrize(
+    "words",
+    [[*MLP, *ADAMW], pytest.param([*CNN, *SGD], marks=pytest.mark.long)],
+    ids=["mlp-adamw", "cnn-sgd"],
+)
 def test_a_sharded_model_ends_with_the_bits_of_one_process_and_of_ddp(
     words: list[str], tmp_path: Path
 ) -> None:
@@ -51,6 +55,7 @@ def test_a_sharded_model_ends_with_the_bits_of_one_process_and_of_ddp(
     assert exported[0] == exported[1]
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_ddp_to_fsdp_and_back_and_from_one_file_to_parts_and_back(tmp_path: Path) -> None:
     words = [*CNN, *ADAMW, "run.name=moved"]
     (straight,) = runs(tmp_path, [*CNN, *ADAMW], ("straight", 1, ["train.steps=16"]))
@@ -97,7 +102,7 @@ def test_a_complete_run_in_parts_says_so_and_is_evaluated_by_one_process(tmp_pat
     assert "The run is complete" in (tmp_path / "rank0.out").read_text()
 
 
-@pytest.mark.parametrize("samples", [1, 3, 37])
+@pytest.mark.parametrize("samples", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 37))])
 def test_evaluation_counts_each_sample_once_also_where_ranks_get_unequal_shares(
     samples: int, tmp_path: Path
 ) -> None:
@@ -116,6 +121,7 @@ def test_evaluation_counts_each_sample_once_also_where_ranks_get_unequal_shares(
     assert round(found[0]["eval/accuracy"] * samples, 9) in range(samples + 1)
 
 
+@pytest.mark.long
 def test_two_replicas_of_two_shards_and_recomputed_blocks_keep_the_bits(tmp_path: Path) -> None:
     one, *others = runs(
         tmp_path,
@@ -139,6 +145,7 @@ def test_optimizers_step_on_shards_by_the_kernel_that_torch_has_for_them(
         assert (value - two["model"][name]).abs().max() < 1e-6
 
 
+@pytest.mark.long
 def test_bf16_has_the_same_bits_also_where_weights_are_gathered_so(tmp_path: Path) -> None:
     words = [*CNN, *SGD, "precision=bf16", "train.steps=4"]
     ways = [("whole", 2, [FSDP]), ("half", 2, [FSDP, "parallel.gather=bf16"])]

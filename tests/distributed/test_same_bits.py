@@ -37,7 +37,12 @@ def _what_came_out(folder: Path, name: str) -> tuple[object, ...]:
 
 @pytest.mark.parametrize(
     "job",
-    [MLP + SGD, MLP + ADAMW + ["precision=bf16"], CNN + ADAMW, CNN + SGD + ["train.parts=8"]],
+    [
+        pytest.param(MLP + SGD, marks=pytest.mark.long),
+        MLP + ADAMW + ["precision=bf16"],
+        CNN + ADAMW,
+        pytest.param(CNN + SGD + ["train.parts=8"], marks=pytest.mark.long),
+    ],
     ids=["mlp sgd", "mlp adamw bf16", "cnn adamw", "cnn sgd, 8 parts"],
 )
 def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path, job: list[str]) -> None:
@@ -99,6 +104,7 @@ def test_weights_of_losses_are_exact_on_any_number_of_processes(tmp_path: Path) 
         assert torch.allclose(value, b["model"][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_ddp_adds_up_by_itself_where_that_is_wanted(tmp_path: Path) -> None:
     job = [*COMMON, *MLP, *SGD, "train.same_bits=false"]
     for processes in (1, 4):

@@ -68,6 +68,7 @@ def test_one_two_and_four_processes_read_the_same_batches_and_end_with_the_same_
         assert distance(one, last(tmp_path / str(world_size))) < 1e-6
 
 
+@pytest.mark.long
 def test_a_short_last_batch_weighs_each_sample_once_also_when_ranks_get_unequal_parts(
     tmp_path: Path,
 ) -> None:
@@ -99,7 +100,7 @@ def test_dropout_is_the_same_for_two_processes_and_for_two_accumulated_parts(
     assert equal(a["model"], b["model"])
 
 
-@pytest.mark.parametrize("samples", [1, 101, 1009])
+@pytest.mark.parametrize("samples", [101, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 1009))])
 def test_evaluation_counts_each_sample_once_on_one_two_and_three_processes(
     tmp_path: Path, samples: int
 ) -> None:
