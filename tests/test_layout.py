@@ -36,7 +36,7 @@ LAYERS = """
     config
 """
 UPWARD = {("parallel", "fsdp")}  # it chooses it, and imports it when it is asked for
-OLD = ("tracking", "progress", "keys")  # names of before, which only hand on what has moved
+OLD = ("tracking",)  # a name of before, which only hands on what has moved
 
 
 def imported(path: str) -> set[str]:
