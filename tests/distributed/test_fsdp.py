@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_train import checkpoint
-from tests.distributed.ranks import same_bits, train
+from tests.distributed.ranks import same_bits, start, train, train_command
 from tests.worlds import SMALL, write_npz
 
 # A short last batch; the eval set can't be divided evenly; a part has 4 samples.
@@ -181,3 +181,45 @@ def test_what_does_not_work_with_it_is_told_in_a_sentence(
     output = "".join((tmp_path / f"rank{rank}.out").read_text() for rank in range(2))
     assert told in re.sub(r"\s+", " ", output)
     assert "Traceback" not in output
+
+
+STOPS = """
+import os, pathlib, signal
+from dist_train.tasks import Classification
+
+class Stops(Classification):
+    # Rank 1 alone is asked to stop, in the middle of an evaluation after the first step; or killed.
+    def loss(self, outputs, targets):
+        mark = pathlib.Path("armed")
+        if mark.exists() and os.environ.get("RANK") == "1" and outputs.requires_grad:
+            type(self).steps = getattr(self, "steps", 0) + 1
+            if self.steps == int(mark.read_text()):
+                mark.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().loss(outputs, targets)
+
+    def metrics(self, outputs, targets):
+        mark = pathlib.Path("asked")
+        began = pathlib.Path("runs/run/metrics.jsonl").exists()
+        if began and mark.exists() and os.environ.get("RANK") == "1":
+            mark.unlink()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().metrics(outputs, targets)
+"""
+
+
+def test_a_sharded_run_that_is_killed_and_interrupted_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STOPS)
+    words = [*BASE, *CNN, *ADAMW, FSDP, SHARDED, "task.name=mine:Stops", "checkpoint.every=3", "eval.every=4"]
+    words += ["train.parts=2", "timeout_seconds=60"]
+    write_npz(tmp_path)
+    train(tmp_path, *words, "run.name=undisturbed", processes=2)
+    (tmp_path / "armed").write_text("5")
+    ranks = start(train_command(*words), 2, tmp_path)
+    assert [rank.wait(timeout=120) for rank in ranks] == [1, -9]
+    (tmp_path / "asked").touch()
+    train(tmp_path, *words, processes=2, expect=75)
+    assert not (tmp_path / "asked").exists()
+    train(tmp_path, *words, processes=2)
+    assert same_bits(state(tmp_path, "undisturbed"), state(tmp_path, "run"))
+    assert not list((tmp_path / "runs/run/checkpoints").glob("*.tmp"))
