@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shlex
 import sys
 import time
@@ -15,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from dist_train import __version__
-from dist_train.cluster import slurm
 from dist_train.config import RunError, UserError, load_words, printable
 from dist_train.config.schema import all_keys
+from dist_train.console import flush, is_main, say
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
 
@@ -48,17 +47,17 @@ def main() -> None:
         _refuse_keys_as_options(sys.argv[1:])
         app()
     except UserError as error:
-        if _is_main() or not error.everywhere:
+        if is_main() or not error.everywhere:
             print(f"dist-train: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RunError as error:
-        if _is_main():
+        if is_main():
             print(f"dist-train: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        _flush()
+        flush()
 
 
 @app.command()
@@ -73,11 +72,11 @@ def train(
 
     before_training()
     with launcher_watched():
-        config = load_words(arguments, _say)
+        config = load_words(arguments, say)
         from dist_train.train import fit
 
     result = fit(config, allow_changes=allow_changes, started=BEGAN)
-    if _is_main():
+    if is_main():
         from dist_train.record.terminal import describe
 
         more = "; the same command goes on with it" if result.state == "interrupted" else ""
@@ -85,7 +84,7 @@ def train(
         lines = [f"{result.state} at step {result.step:,}: {result.folder}{more}", describe(shown)]
         with contextlib.suppress(OSError):
             print("\n".join(filter(None, lines)))
-        _flush(fails=False)
+        flush(fails=False)
     sys.exit(EXIT_INTERRUPTED if result.state == "interrupted" else 0)
 
 
@@ -99,7 +98,7 @@ def evaluate(
     from dist_train.predict import evaluate_run
 
     metrics = evaluate_run(run, overrides or [], trust=trust)
-    if _is_main():
+    if is_main():
         for name, value in metrics.items():
             print(f"{printable(name)} {value:.6g}")
 
@@ -135,13 +134,13 @@ def config(arguments: Configs) -> None:
     """Print the configuration that the files and arguments give."""
     from dist_train.config import to_yaml
 
-    print(to_yaml(load_words(arguments, _say)), end="")
+    print(to_yaml(load_words(arguments, say)), end="")
 
 
 @app.command()
 def summary(arguments: Configs) -> None:
     """Print the model's layers with shapes, parameters and multiply-adds."""
-    config = load_words(arguments, _say)
+    config = load_words(arguments, say)
     from dist_train.tools.summary import summarize
 
     summarize(config)
@@ -154,7 +153,7 @@ def samples(
     count: Annotated[int, typer.Option(min=1, max=200, help="How many images.")] = 16,
 ) -> None:
     """Draw training images with their class names, as they are read and as the model sees them."""
-    config = load_words(arguments, _say)
+    config = load_words(arguments, say)
     from dist_train.tools.samples import draw
 
     draw(config, output, count)
@@ -189,7 +188,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Chooses where it is killed.")] = 0,
 ) -> None:
     """Prove on your own job that a killed run, and one on other numbers of ranks, gives the same bits."""
-    config = load_words(arguments, _say)
+    config = load_words(arguments, say)
     numbers = [word.strip() for word in processes.split(",")]
     if not all(word.isdecimal() and int(word) for word in numbers):
         raise UserError(f"--processes: a number, or several as 1,2,4, not '{processes}'.")
@@ -229,7 +228,7 @@ def submit(
         "partition": partition,
         "account": account,
     }
-    config = load_words(words, _say)
+    config = load_words(words, say)
     from dist_train.cluster import submit as submission
 
     command = submission.command(config, words, options, further)
@@ -320,31 +319,3 @@ def _refuse_keys_as_options(words: Sequence[str]) -> None:
                 if name in (key, key.rpartition(".")[2]):
                     value = value if equals else "VALUE" if following.startswith("-") else following
                     raise UserError(f"there is no option '{option}'; write {key}={value}.")
-
-
-def _say(text: str) -> None:
-    """Prints a line to stderr, from rank 0."""
-    if _is_main():
-        print(printable(text), file=sys.stderr)
-
-
-def _is_main() -> bool:
-    """Whether this is rank 0, also before the process group is there."""
-    rank = os.environ.get("RANK") or slurm.task(os.environ) or "0"
-    return rank == "0"
-
-
-def _flush(fails: bool = True) -> None:
-    """Brings out what was printed. Exit code 1 if nobody reads it, as with `head`, or there is no room.
-
-    Args:
-        fails: whether that is the exit code; what a training came to does not depend on who reads of it.
-    """
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again at its end
-        if not isinstance(error, BrokenPipeError):
-            print(f"dist-train: the output can't be written: {error.strerror}.", file=sys.stderr)
-        if fails:
-            sys.exit(1)

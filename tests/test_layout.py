@@ -30,7 +30,7 @@ LAYERS = """
     nested rows gpt
     runtime
     tree
-    record
+    record console
     cluster
     parts seeds
     config
