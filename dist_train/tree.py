@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 Tensors = list[torch.Tensor | None]  # None stands for nothing to add
 
+# Its name until torch 2.13, of which later versions warn.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 def tree_sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of tensors of one shape."""
@@ -40,7 +43,7 @@ def sum_over_ranks(flat: torch.Tensor, world_size: int) -> torch.Tensor:
         for left, right in zip(terms[::2], terms[1::2], strict=False):
             left.add_(right)
         terms = terms[::2]
-    dist.all_gather_into_tensor(whole, terms[0])
+    _all_gather(whole, terms[0])
     return whole[: len(flat)]
 
 
