@@ -1,0 +1,148 @@
+"""The table of docs/guarantees.md: jobs of many kinds, each on several numbers of processes, moved, killed.
+
+python -m tests.distributed.table           # prints the table, in some minutes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.distributed.ranks import SMALL
+from tests.processes import environment, finish, world
+from tests.warm import Process
+from tests.worlds import write_npz
+
+STEPS = 9
+COMMON = [
+    *SMALL, "threads=1", "train.parts=4", "train.batch_size=16", "train.clip_norm=1", "train.ema=0.9",
+    "checkpoint.every=2", "checkpoint.keep=1", "log.every=3", "eval.every=5", "eval.batch_size=5",
+]  # fmt: skip
+MODELS = {
+    "MLP + dropout": ["model.name=mlp", "model.args={hidden: [32], dropout: 0.3}"],
+    "CNN + BatchNorm": ["model.name=cnn", "model.args={widths: [8, 16], dropout: 0.2}"],
+    "ResNet-18": ["model.name=resnet18", "data.eval_transform=[{Resize: {size: [32, 32]}}]"],
+    "GPT": [
+        "data.name=text", "data.root=text.txt", "data.args={context: 16}", "data.eval_fraction=0.2",
+        "model.name=gpt", "model.args={depth: 2, heads: 2, width: 16, dropout: 0.1}", "task.name=language",
+    ],
+}  # fmt: skip
+OPTIMIZERS = {
+    "SGD": ["optim.name=SGD", "optim.lr=0.05", "optim.args={momentum: 0.9}"],
+    "AdamW": ["optim.name=AdamW", "optim.lr=0.003"],
+}
+JOBS = {
+    (model, optimizer, precision): [*MODELS[model], *OPTIMIZERS[optimizer], f"precision={precision}"]
+    for model in MODELS
+    for optimizer in OPTIMIZERS
+    for precision in ("fp32", "bf16")
+}
+COLUMNS = ("1", "2", "4", "2 → 4 → 1", "killed three times")
+
+
+def train(folder: str, number: int, at: int = 0, signal_number: int = signal.SIGKILL) -> None:
+    """Trains a job in this process, to its end, or if `at` is not 0 to a signal after so many steps."""
+    from dist_train import fit, load
+    from dist_train.learner import Learner
+
+    plain = Learner.train_step
+
+    def step(learner: Learner, *arguments: Any, **options: Any) -> Any:
+        if at and learner.step == at:
+            os.kill(os.getpid(), signal_number)
+        return plain(learner, *arguments, **options)
+
+    words = list(JOBS.values())[number]
+    Learner.train_step = step  # type: ignore[method-assign]
+    try:
+        fit(load([], ["data.name=arrays", "data.root=arrays.npz", *COMMON, *words, f"run.dir={folder}",
+                      f"run.name=job-{number}", f"train.steps={STEPS}"]))  # fmt: skip
+    finally:
+        Learner.train_step = plain  # type: ignore[method-assign]
+
+
+def train_all(folder: str, numbers: Sequence[int], at: int = 0) -> None:
+    """Trains jobs one after the other in this process, each to its end or to an interruption."""
+    for number in numbers:
+        train(folder, number, at, signal.SIGUSR1)
+
+
+def on_ranks(count: int, cwd: Path, *command: Any) -> list[int]:
+    """Exit codes of so many ranks that call a function."""
+    output = cwd / "output.txt"
+    variables = world(count) if count > 1 else [{}]
+    started = [Process(command, cwd, environment(**own), output, output) for own in variables]
+    return [finish(process, 600).rc for process in started]
+
+
+def make(cwd: Path, numbers: Sequence[int]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of a job, hash of all that came out by column) of some jobs, trained in `cwd`."""
+    write_npz(cwd)
+    (cwd / "text.txt").write_text(Path(__file__).read_text(), encoding="utf-8")
+    for count in (1, 2, 4):
+        _check(on_ranks(count, cwd, train_all, str(count), numbers), cwd)
+    for count, at in ((2, 2), (4, 5), (1, 0)):  # each stops at a step on which ranks agree
+        _check(on_ranks(count, cwd, train_all, "2 → 4 → 1", numbers, at), cwd)
+    for number in numbers:
+        for step in (3, 5, 8):
+            codes = on_ranks(2, cwd, train, "killed three times", number, step)
+            assert codes == [-signal.SIGKILL] * 2, (cwd / "output.txt").read_text()[-3000:]
+        _check(on_ranks(2, cwd, train, "killed three times", number), cwd)
+        yield number, {column: digest(cwd / column / f"job-{number}") for column in COLUMNS}
+
+
+def _check(codes: list[int], cwd: Path) -> None:
+    assert not any(codes), (cwd / "output.txt").read_text()[-3000:]
+
+
+def digest(run: Path) -> str:
+    """A hash of a run's last state, its bits, and of its rows but for what clocks tell."""
+    from dist_train.record.history import read_metrics
+
+    saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    sha = hashlib.sha256()
+    for part in ("step", "model", "average", "optimizer", "metrics", "best", "best_step", "window"):
+        _feed(sha, saved[part])
+    clocks = ("time", "attempt")
+    for row in read_metrics(run):
+        kept = {k: v for k, v in row.items() if k not in clocks and not k.startswith("perf/")}
+        sha.update(json.dumps(kept).encode())
+    return sha.hexdigest()[:8]
+
+
+def _feed(sha: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        sha.update(value.contiguous().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            sha.update(str(key).encode())
+            _feed(sha, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _feed(sha, item)
+    else:
+        sha.update(repr(value).encode())
+
+
+def main() -> None:
+    """Prints the table."""
+    print("| model | optimizer | precision | " + " | ".join(COLUMNS) + " |")
+    print("| --- " * (3 + len(COLUMNS)) + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, found in make(Path(folder), range(len(JOBS))):
+            name = " | ".join(list(JOBS)[number])
+            print(f"| {name} | " + " | ".join(f"`{found[column]}`" for column in COLUMNS) + " |", flush=True)
+    print(f"\ntorch {torch.__version__}, one thread a process")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
