@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dist_train import checkpoint
+from dist_train.config import Config, UserError
 from tests.distributed.ranks import same_bits, start, train, train_command
 from tests.worlds import SMALL, write_npz
 
@@ -181,6 +182,16 @@ def test_what_does_not_work_with_it_is_told_in_a_sentence(
     output = "".join((tmp_path / f"rank{rank}.out").read_text() for rank in range(2))
     assert told in re.sub(r"\s+", " ", output)
     assert "Traceback" not in output
+
+
+def test_a_torch_that_cannot_add_up_in_order_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dist_train import fsdp
+
+    monkeypatch.setattr(fsdp, "FSDPModule", type("Old", (), {}))
+    model = object.__new__(fsdp.Sharded)
+    model.config, model.in_order = Config(), True
+    with pytest.raises(UserError, match="can't add up the gradients of a sharded model in a fixed order"):
+        model._spread()
 
 
 STOPS = """
