@@ -106,17 +106,27 @@ def evaluate(
 @app.command()
 def predict(
     run: Annotated[str, typer.Argument(help="A run's folder or a checkpoint file.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    inputs: Annotated[list[str], typer.Argument(help="Image files, or folders of them; or a prompt.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
     output: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a segmentation: the folder for the masks.")] = None,
+    length: Annotated[int, typer.Option(min=0, help="Of a text: bytes that go on with the prompt.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="Of a text: 0 draws nothing, 1 freely.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Of a text: another seed, another text.")] = 0,
     trust: Trust = False,
 ) -> None:
-    """Name the classes of images, or of their pixels. Exit code 2 if any can't be read, after the others."""
+    """Name the classes of images or of their pixels, or continue a text. Exit code 2 for a bad image."""
     from dist_train import predict as prediction
 
     prediction.check_format(format)
+    if prediction.task_of(run) == "language":
+        from dist_train.tools.generate import continue_prompt
+
+        text = continue_prompt(run, " ".join(inputs), length, temperature, seed, trust)
+        prediction.write_text(f"{text}\n", output)
+        return
+    images = [Path(place) for place in inputs]
     if masks is not None:
         from dist_train.tools.segment import predict_masks
 

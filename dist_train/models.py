@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 
 from dist_train.config import UserError, construct, import_object, nearest
+from dist_train.gpt import GPT
 from dist_train.nested import tensors
 
 
@@ -116,7 +117,7 @@ def _convolutions(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "unet": unet}
+MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "unet": unet, "gpt": GPT}
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
 
 # What wrong arguments make a model raise: sizes below zero, unknown weights, weights out of reach.
@@ -145,7 +146,7 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
     if name not in known:
         raise UserError(
             f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn,"
-            " unet, a classifier or segmentation model of torchvision.models, timm/NAME, or"
+            " unet, gpt, a classifier or segmentation model of torchvision.models, timm/NAME, or"
             " package.module:object."
         )
     return _torchvision(name, args, sample_shape, num_classes)

@@ -166,6 +166,12 @@ def for_images(
     return trained, saved, data.eval_transform(config)
 
 
+def task_of(place: str | Path) -> str:
+    """The name of the task that a run was trained for."""
+    saved = checkpoint.load(checkpoint.find(place, lambda text: None), verified=True)
+    return str(completed(saved["config"])["task"]["name"])
+
+
 def check_format(name: str) -> None:
     """Raises UserError for an unknown output format."""
     if name not in FORMATS:
@@ -181,8 +187,13 @@ def write(rows: Sequence[dict[str, Any]], format: str, output: Path | None) -> N
         text = _csv(rows)
     else:
         text = _table(rows)
+    write_text(text, output)
+
+
+def write_text(text: str, output: Path | None) -> None:
+    """Writes a text to `output` or the standard output."""
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text))
         return
     write_output(output, text.encode())
 

@@ -22,7 +22,7 @@ class DataConfig:
 
     name: str = option(
         "fashion_mnist",
-        "fashion_mnist, image_folder, csv, arrays, image_masks, a class of torchvision.datasets, or "
+        "fashion_mnist, image_folder, csv, arrays, image_masks, text, a class of torchvision.datasets, or "
         "`package.module:object`.",
     )
     root: str | None = option(None, "Folder of the data set.", may_change=True)
@@ -78,7 +78,7 @@ class ModelConfig:
 
     name: str = option(
         "mlp",
-        "mlp, cnn, unet, a classifier or segmentation model of torchvision.models, timm/NAME, or "
+        "mlp, cnn, unet, gpt, a classifier or segmentation model of torchvision.models, timm/NAME, or "
         "`package.module:object`.",
     )
     args: dict[str, Any] = option({}, "Further arguments of the model; checked against its signature.")
@@ -88,7 +88,9 @@ class ModelConfig:
 class TaskConfig:
     """What the model learns: loss and metrics."""
 
-    name: str = option("classification", "classification, segmentation, or `package.module:object`.")
+    name: str = option(
+        "classification", "classification, segmentation, language, or `package.module:object`."
+    )
     args: dict[str, Any] = option({}, "Arguments of the task, such as label_smoothing.")
 
 

@@ -26,7 +26,7 @@ CLASSES = {
 }
 # Data sets that neither unpack nor unpickle what they find, and whether they would download.
 SOURCES = dict.fromkeys(
-    ("image_folder", "image_masks", "csv", "arrays", "FakeData", "ImageFolder"), False
+    ("image_folder", "image_masks", "text", "csv", "arrays", "FakeData", "ImageFolder"), False
 ) | dict.fromkeys(
     ("fashion_mnist", "FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "STL10", "SVHN"), True
 )

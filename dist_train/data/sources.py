@@ -1,4 +1,4 @@
-"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, masks, and the user's own.
+"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, masks, text, the user's own.
 
 A source is a function of (root, train, ...) that returns a map-style data set of (image, label) with
 `classes`, the list of class names; or None where there is no evaluation part.
@@ -29,6 +29,7 @@ from dist_train.data.images import (
     near_path,
 )
 from dist_train.data.masks import image_masks
+from dist_train.data.text import text
 
 # --- sources by name: each takes (root, train, ...) and returns a data set, or None without an eval set
 
@@ -94,6 +95,7 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "csv": csv,
     "arrays": arrays,
     "image_masks": image_masks,
+    "text": text,
 }
 
 

@@ -1,7 +1,7 @@
 """Tasks: what a model learns, and how well.
 
 base.py            what a task is, and tasks by one value per sample
-classification.py, segmentation.py  the tasks by name, one file each
+classification.py, segmentation.py, language.py  the tasks by name, one file each
 check.py           a task is tried before the first step
 """
 
@@ -11,10 +11,12 @@ from dist_train.config import Config, UserError, construct, import_object, neare
 from dist_train.tasks.base import SampleTask, Task, complete, wide
 from dist_train.tasks.check import check
 from dist_train.tasks.classification import Classification, is_classification
+from dist_train.tasks.language import Language
 from dist_train.tasks.segmentation import Segmentation
 
 __all__ = [
     "Classification",
+    "Language",
     "SampleTask",
     "Segmentation",
     "Task",
@@ -25,7 +27,7 @@ __all__ = [
     "wide",
 ]
 
-TASKS = {"classification": Classification, "segmentation": Segmentation}
+TASKS = {"classification": Classification, "segmentation": Segmentation, "language": Language}
 
 
 def build(config: Config) -> Task:

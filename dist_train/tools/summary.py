@@ -26,7 +26,8 @@ def summarize(config: Config) -> None:
         except (UserError, RuntimeError):  # RegNets compute their widths; a mistake comes up again
             with torch.device("cpu"):
                 model = models.build(*wanted).to("meta")
-        rows, multiply_adds = layers(model, sets.sample_shape)
+        dtype = torch.float32 if sets.eval.transform else torch.int64  # of images, or symbols
+        rows, multiply_adds = layers(model, sets.sample_shape, dtype)
     table = Table(box=None, pad_edge=False)
     for heading in ("layer", "type", "output", "parameters"):
         table.add_column(heading, justify="right" if heading == "parameters" else "left")
@@ -42,7 +43,7 @@ def summarize(config: Config) -> None:
 
 
 def layers(
-    model: nn.Module, sample_shape: tuple[int, ...]
+    model: nn.Module, sample_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> tuple[list[tuple[str, str, tuple[int, ...], int]], int]:
     """(name, type, output shape without batch, own parameters) of each leaf layer, and the multiply-adds.
 
@@ -65,7 +66,7 @@ def layers(
     ]
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *sample_shape))
+        model(torch.zeros(1, *sample_shape, dtype=dtype))
     for handle in handles:
         handle.remove()
     return rows, counter.get_total_flops() // 2
