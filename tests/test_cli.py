@@ -72,7 +72,7 @@ def test_the_version_is_the_package_s(cli: Callable[..., Finished]) -> None:
         (["trian"], "trian"),
         (["train"], "CONFIG"),
         (["train", "--epochs", "3"], "--epochs"),
-        (["predict", "runs/x"], "images"),
+        (["predict", "runs/x"], "inputs"),
         (["samples", "train.epochs=1", "--count", "0"], "count"),
     ],
 )
