@@ -31,7 +31,7 @@ from dist_train.config import (
 from dist_train.guard.guard import Guard
 from dist_train.learner import Learner
 from dist_train.meters import Best
-from dist_train.parts import keeps_bits
+from dist_train.parts import keeps_bits, part_size
 from dist_train.record.history import read_status
 from dist_train.record.record import Begin, Record
 from dist_train.runtime import Runtime
@@ -125,6 +125,8 @@ def _fit(
         if start:
             notes += states.restore(config, start, state, allow_changes)
             _check_length(config, start, learner.step, job.total)
+        # Refuses a batch that can't be cut so, before anything is touched.
+        part_size(config.train.batch_size, learner.parts, ranks.world_size, config.train.accumulate)
     bad = unreadable(states.to_dict(config, state, job.data))
     with ranks.together():
         if bad:
