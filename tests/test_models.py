@@ -95,8 +95,8 @@ def test_the_mlp_is_the_one_of_the_tutorial() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (4, 9, 17)])
-def test_our_models_take_images_of_any_shape(shape: tuple[int, int, int]) -> None:
-    for name in models.MODELS:
+def test_our_models_for_images_take_images_of_any_shape(shape: tuple[int, int, int]) -> None:
+    for name in models.MODELS.keys() - {"gpt"}:  # which reads symbols
         model = models.build(name, {}, shape, 6)
         each_pixel = shape[1:] if name == "unet" else ()
         assert model(torch.zeros(2, *shape)).shape == (2, 6, *each_pixel), name
