@@ -3,8 +3,8 @@
     python benchmarks/wrappers.py     # about a minute
 
 The quickstart's MLP, batch 64, one thread: forward, backward, step, zero_grad over batches of a DataLoader
-that holds them ready. In turn bare, with the optimizer wrapped, with the DataLoader wrapped, with both; what is
-reported are medians over the rounds: of the microseconds by which a step takes longer than the bare one.
+that holds them ready. In turn bare, with the optimizer wrapped, with the DataLoader wrapped, with both; what
+is reported are medians over the rounds: of the microseconds by which a step takes longer than the bare one.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,13 +18,21 @@ from dist_train.tasks.base import name_of
 Unread = list[tuple[str, str]]  # samples that could not be read, and why
 
 
-@torch.no_grad()
+class Sums(NamedTuple):
+    """What one rank has measured, on the CPU."""
+
+    floats: dict[str, torch.Tensor]  # of each batch: [batches, ...]
+    whole: dict[str, torch.Tensor]  # of all batches: whole numbers add up exactly in any order
+    names: set[frozenset[str]]  # of the sums that a batch gave
+    stopped: bool
+    unread: Unread
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     task: Task,
     ranks: Runtime,
-    channels_last: bool = False,
     stop: Callable[[], bool] = lambda: False,
     filler: Batch | None = None,
 ) -> tuple[dict[str, float], Unread]:
@@ -35,23 +44,49 @@ def evaluate(
 
     Args:
         model: the bare model, not its DDP wrapper; left in the mode that it was in.
-        batches: this rank's share of the eval set.
+        batches: this rank's share of the eval set, on the device.
         filler: for a model that ranks compute together: what a rank computes, and counts nowhere, while
             others have more batches.
     """
     training = model.training
     model.eval()
-    floats: dict[str, list[torch.Tensor]] = {}  # of each batch
-    whole: dict[str, torch.Tensor] = {}  # whole numbers add up exactly in any order
+    together = _alone(batches, stop) if filler is None else _in_step(batches, filler, ranks, stop)
+    mine = _measure(model, together, task, filler)
+    model.train(training)
+    gathered = ranks.gather(mine)
+    unread = [item for each in gathered for item in each.unread]
+    if any(each.stopped for each in gathered):
+        return {}, unread
+    names = {name for each in gathered for name in each.names}
+    if not names:
+        first = f" could be read; the first: {unread[0][1]}" if unread else " is there"
+        raise RunError(f"data: not one sample of the eval set{first}")
+    if len(names) > 1:
+        raise UserError(
+            f"task: {name_of(task)} gives some metrics for a part of the batches only; it must give the same"
+            " ones each time."
+        )
+    total = {}
+    for name in dict.fromkeys(name for each in gathered for name in [*each.floats, *each.whole]):
+        some = [each.floats[name] for each in gathered if name in each.floats]  # a rank may have no batch
+        numbers = [each.whole[name] for each in gathered if name in each.whole]
+        total[name] = _sum(torch.cat(some)) if some else torch.stack(numbers).sum(0)
+    return {f"eval/{name}": value for name, value in task.report(total).items()}, unread
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, batches: Iterable[Batch | None], task: Task, filler: Batch | None) -> Sums:
+    """What this rank's batches give, up to the first None, which asks to stop."""
+    floats: dict[str, list[torch.Tensor]] = {}
+    whole: dict[str, torch.Tensor] = {}
     names: set[frozenset[str]] = set()
-    stopped = False
     unread: Unread = []
-    filler = filler and filler.to(ranks.device, channels_last)
-    for batch in _in_step(batches, filler, ranks, stop) if filler else _alone(batches, stop):
+    stopped = False
+    for batch in batches:
         if stopped := batch is None:
             break
+        assert batch is not None
         if batch is not filler:
-            batch = batch.to(ranks.device, channels_last)
             unread += batch.bad
         if batch is filler or not batch.rows:  # without rows none of it could be read
             if filler:
@@ -64,29 +99,9 @@ def evaluate(
                 floats.setdefault(name, []).append(value)
             else:
                 whole[name] = whole[name] + value if name in whole else value
-    model.train(training)
     # What a batch gives stays on the device until here, so no batch waits for a result.
     columns = {name: torch.stack(values).cpu().double() for name, values in floats.items()}
-    mine = (columns, {name: value.cpu() for name, value in whole.items()}, names, stopped, unread)
-    gathered = ranks.gather(mine)
-    unread = [item for *_, items in gathered for item in items]
-    if any(stopped for *_, stopped, _ in gathered):
-        return {}, unread
-    names = {name for _, _, each, _, _ in gathered for name in each}
-    if not names:
-        first = f" could be read; the first: {unread[0][1]}" if unread else " is there"
-        raise RunError(f"data: not one sample of the eval set{first}")
-    if len(names) > 1:
-        raise UserError(
-            f"task: {name_of(task)} gives some metrics for a part of the batches only; it must give the same"
-            " ones each time."
-        )
-    total = {}
-    for name in dict.fromkeys(name for floats, whole, *_ in gathered for name in [*floats, *whole]):
-        some = [columns[name] for columns, *_ in gathered if name in columns]  # a rank may have no batch
-        numbers = [whole[name] for _, whole, *_ in gathered if name in whole]
-        total[name] = _sum(torch.cat(some)) if some else torch.stack(numbers).sum(0)
-    return {f"eval/{name}": value for name, value in task.report(total).items()}, unread
+    return Sums(columns, {name: value.cpu() for name, value in whole.items()}, names, stopped, unread)
 
 
 def _alone(batches: Iterable[Batch], stop: Callable[[], bool]) -> Iterator[Batch | None]:

@@ -81,7 +81,8 @@ class Learner:
             self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
         self.model.train()
         # Of a model that ranks compute together each one computes as many batches as the others.
-        self._filler = first_batch(data.eval) if self.parallel.is_collective else None
+        filler = first_batch(data.eval).to(ranks.device, config.channels_last)
+        self._filler = filler if self.parallel.is_collective else None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -157,9 +158,8 @@ class Learner:
 
     def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
         """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
-        metrics = evaluate(
-            self.evaluated, batches, self.task, self.ranks, self.config.channels_last, stop, self._filler
-        )
+        moved = (batch.to(self.ranks.device, self.config.channels_last) for batch in batches)
+        metrics = evaluate(self.evaluated, moved, self.task, self.ranks, stop, self._filler)
         self.parallel.evaluated(self.evaluated)
         return metrics
 

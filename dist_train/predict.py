@@ -248,7 +248,10 @@ def evaluate_run(
                 batch = batch.to(ranks.device)
             tasks.check(task, model, batch, outputs, len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
-        metrics, unread = evaluate(model, sets.eval_loader(config, ranks), task, ranks, config.channels_last)
+        parts = saved["parts"] if config.train.batch_size % saved["parts"] == 0 else None  # as in the run
+        batches = sets.eval_loader(config, ranks, parts)
+        moved = (batch.to(ranks.device, config.channels_last) for batch in batches)
+        metrics, unread = evaluate(model, moved, task, ranks)
         for _, reason in unread if ranks.is_main else ():
             print(f"left out: {printable(reason)}", file=sys.stderr)
         return metrics
