@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,3 +321,26 @@ def test_the_state_of_another_run_that_is_at_the_end_already_is_told(
     here(*small, "run.name=second", "resume=runs/first", "train.steps=14")
     log = (tmp_path / "runs/second/log.txt").read_text()
     assert "(step 12), the state of another run: its weights, its optimizer and its step" in log
+
+
+def test_a_run_of_version_0_1_whose_files_have_format_1_goes_on(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    """tests/assets/format-1.pt is the state after step 7 of this job, as the first version saved it."""
+    words = [
+        *small, "model.args={hidden: [4], dropout: 0.2}", "optim.args.momentum=0.9", "log.every=5",
+        "eval.every=20", "train.steps=12", "threads=1",
+    ]  # fmt: skip
+    old = Path(__file__).parent / "assets" / "format-1.pt"
+    folder = tmp_path / "runs" / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(old, folder / "step-00000007.pt")
+    assert here(*words).step == 12
+    here(*words, "run.name=straight")
+    one, other = (
+        torch.load(tmp_path / "runs" / name / "checkpoints/last.pt", weights_only=True)
+        for name in ("run", "straight")
+    )
+    for name, value in one["model"].items():
+        assert torch.allclose(value, other["model"][name], rtol=1e-4, atol=1e-6)
+    assert one["format"] == 2 and one["parts"] == other["parts"] == 1
