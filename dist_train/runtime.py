@@ -26,7 +26,9 @@ from accelerate.utils import GradientAccumulationPlugin
 from dist_train.cluster import slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError, counted
-from dist_train.tree import tree_sum
+from dist_train.tree import sum_over_ranks, tree_sum
+
+MANY_RANKS = 64  # up to so many, each gets the tensors of all others to add up: one collective less
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Runtime:
         """The sum of a small `tensor` over all ranks, in the order of ranks."""
         if self.world_size == 1:
             return tensor
+        if self.world_size > MANY_RANKS:  # in the same order, with the traffic of two tensors a rank
+            return sum_over_ranks(tensor.flatten().clone(), self.world_size).view_as(tensor)
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return tree_sum(parts)
@@ -84,6 +88,9 @@ class Runtime:
             yield
         except UserError as caught:
             error = caught
+        count = torch.tensor([float(error is not None)], device=self.device)
+        if not self.sum(count).item():  # of texts, which take more, only if there are any
+            return
         errors = self.gather(str(error) if error else "")
         failed = [rank for rank, text in enumerate(errors) if text]
         if failed:
@@ -187,7 +194,7 @@ def _meet(backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _agree(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+def _agree(store: Any, rank: int, world_size: int, seconds: float) -> str:
     """A name of this attempt, chosen by rank 0, whatever attempts before it have left in the store.
 
     Each rank greets rank 0 by a name that nobody had before, and waits for the answer to this name.
@@ -198,16 +205,19 @@ def _agree(store: dist.Store, rank: int, world_size: int, seconds: float) -> str
         attempt = store.get(f"answer/{mine}").decode()
         store.set(f"thanks/{attempt}/{rank}", "")
         return attempt
-    missing, deadline = set(range(1, world_size)), time.monotonic() + seconds
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"thanks/{mine}/{other}"]):
-                missing.remove(other)
-            elif store.check([f"greeting/{other}"]):
-                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", mine)
+    greetings = [f"greeting/{other}" for other in range(1, world_size)]
+    thanks = {other: f"thanks/{mine}/{other}" for other in range(1, world_size)}
+    answered: set[bytes] = set()
+    deadline = time.monotonic() + seconds
+    while not store.check(list(thanks.values())):  # each is one request, however many ranks there are
+        if store.check(greetings):
+            new = set(store.multi_get(greetings)) - answered  # with those of dead ranks
+            store.multi_set([f"answer/{name.decode()}" for name in new], [mine] * len(new))
+            answered |= new
         if time.monotonic() > deadline:
-            raise RuntimeError(f"ranks {sorted(missing)} have not come in {seconds:.0f} s")
-        time.sleep(0.01)
+            missing = [other for other, key in thanks.items() if not store.check([key])]
+            raise RuntimeError(f"ranks {missing} have not come in {seconds:.0f} s")
+        time.sleep(0.01 * (1 + world_size / 1000))
     return mine
 
 

@@ -54,7 +54,9 @@ class Watchdog:
         self._deadline = deadline(config, started) if ranks.is_main else None
         self._store = _store() if ranks.world_size > 1 else None
         self._held = self._open_held() if self.seconds else None
-        self._renewed = 0.0
+        # All ranks' words go to one store: it hears of no more than a thousand a second.
+        self.publish_seconds = max(LOOK_SECONDS, ranks.world_size / 1000) - LOOK_SECONDS / 2
+        self._renewed = self._published = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -86,7 +88,9 @@ class Watchdog:
             self._renewed = now
             if not self.lock.renew():
                 _end(f"another attempt has taken {self.lock.path}; this one ends.")
-        self._publish()
+        if now - self._published >= self.publish_seconds:
+            self._published = now
+            self._publish()
         if self.seconds and now - self.at[0] > self.seconds:
             self._end_hang()
 
@@ -152,13 +156,18 @@ class Watchdog:
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
         asking.start()
         asking.join(2 * LOOK_SECONDS)
-        return last_rank(places, self.ranks.world_size, self._age())
+        silent_after = SILENT_SECONDS + 2 * self.publish_seconds
+        return last_rank(places, self.ranks.world_size, self._age(), silent_after)
 
     def _ask(self, places: dict[int, tuple[float, int, str]]) -> None:
         assert self._store
-        for rank in range(self.ranks.world_size):
-            if self._store.check([f"at/{rank}"]):
-                places[rank] = tuple(json.loads(self._store.get(f"at/{rank}")))
+        keys = [f"at/{rank}" for rank in range(self.ranks.world_size)]
+        if self._store.check(keys):  # two requests, however many ranks there are
+            places.update(enumerate(map(_place, self._store.multi_get(keys))))
+            return
+        for rank, key in enumerate(keys):  # some have never said a word
+            if self._store.check([key]):
+                places[rank] = _place(self._store.get(key))
 
 
 def _end(reason: str) -> None:
@@ -168,22 +177,33 @@ def _end(reason: str) -> None:
     os._exit(1)
 
 
+def _place(text: bytes) -> tuple[float, int, str]:
+    age, step, doing = json.loads(text)
+    return age, step, doing
+
+
 ORDER = ("starting", "waiting for data", "computing", "waiting for other ranks", "evaluating", "saving")
 
 
-def last_rank(places: Mapping[int, tuple[float, int, str]], world_size: int, now: float) -> str:
+def last_rank(
+    places: Mapping[int, tuple[float, int, str]],
+    world_size: int,
+    now: float,
+    silent_after: float = SILENT_SECONDS,
+) -> str:
     """Which rank came last, in words.
 
     Args:
         places: of each rank that is known the time at which it published that, its step, and what it did.
         now: the same clock's time.
+        silent_after: seconds without a word after which a rank counts as stopped or gone.
     """
     if not places:
         return "the store does not answer, so rank 0 or the launcher, which keeps it, came last"
-    silent = [r for r in range(world_size) if r not in places or now - places[r][0] > SILENT_SECONDS]
+    silent = [r for r in range(world_size) if r not in places or now - places[r][0] > silent_after]
     if silent:
         names = ", ".join(map(str, silent))
-        return f"rank {names} came last: nothing was heard of it for {SILENT_SECONDS:.0f} s or more"
+        return f"rank {names} came last: nothing was heard of it for {silent_after:.0f} s or more"
     rank = min(places, key=lambda r: (places[r][1], ORDER.index(places[r][2])))
     _, step, doing = places[rank]
     same = [r for r in places if places[r][1:] == places[rank][1:]]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dist_train.record.history import read_metrics
-from dist_train.tree import Subtrees, tree_sum
+from dist_train.tree import Subtrees, sum_over_ranks, tree_sum
+from tests.distributed.group import Group, on_ranks
 from tests.distributed.ranks import ROOT, equal, last, train
 
 SAMPLE = f"data.root={ROOT / 'dist_train' / 'assets'}"
@@ -135,3 +136,15 @@ def test_a_row_tells_its_kind_and_what_the_step_left(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["train", "train", "train", "eval"]
     assert all(row["train/grad_norm"] > 0 and row["perf/memory_gb"] > 0 for row in rows[:3])
+
+
+def _add_up(group: Group) -> None:
+    generator = torch.Generator().manual_seed(group.rank)
+    values = torch.randn(13, generator=generator) * 10**group.rank
+    expected = tree_sum(group.gather(values))
+    assert torch.equal(sum_over_ranks(values.clone(), group.world_size), expected)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_shards_of_all_ranks_are_added_up_in_the_order_of_ranks(tmp_path: Path, world_size: int) -> None:
+    assert on_ranks(world_size, _add_up, cwd=tmp_path) == [0] * world_size
