@@ -40,6 +40,7 @@ class Step(NamedTuple):
     norm: torch.Tensor | None  # of the gradient, before clipping, where it was needed or asked for
     row_norms: list[torch.Tensor]  # of each trained weight's gradient, then, too
     skipped: bool
+    weighted: bool  # whether the task weighs its values
 
 
 class Learner:
@@ -147,7 +148,7 @@ class Learner:
         elif self._move_average:
             self._move_average(self.step)
         self.step += 1
-        return Step(("loss", *further), sums, losses, norm, rows, skipped)
+        return Step(("loss", *further), sums, losses, norm, rows, skipped, weighted)
 
     def rates(self) -> dict[str, float]:
         """The learning rate of the last step; and of each group of weights, where these have their own."""

@@ -30,11 +30,15 @@ class Window:
         self.ranks = ranks
         self.values = {name: list(column) for name, column in values.items()}
         self._names: tuple[str, ...] = ("loss",)
+        self._weighted = False
         self._pending: list[torch.Tensor] = []  # of each of this rank's parts: [K]
 
-    def add(self, names: tuple[str, ...], parts: list[torch.Tensor]) -> None:
-        """Adds a step: of each of this rank's parts the sum of weights, then that of each weighted value."""
-        self._names, self._per_step = names, len(parts)
+    def add(self, names: tuple[str, ...], parts: list[torch.Tensor], weighted: bool = False) -> None:
+        """Adds a step: of each of this rank's parts the sum of weights, then that of each weighted value.
+
+        Where values are `weighted`, otherwise than by one for each sample, a row tells their weight, too.
+        """
+        self._names, self._per_step, self._weighted = names, len(parts), weighted
         self._pending += parts
 
     def meet(self, *flags: float) -> list[float]:
@@ -62,6 +66,8 @@ class Window:
     def take(self) -> dict[str, float]:
         """The means per step, rounded once, of the steps that were not skipped; and a new window."""
         row = {f"train/{name}": _mean(values) for name, values in self.values.items() if name != "weight"}
+        if self._weighted:
+            row["train/weight"] = math.fsum(self.values["weight"])  # tokens, pixels: whatever counts
         self.values = {}
         return row
 

@@ -142,7 +142,7 @@ class Trainer:
     def take(self, step: Step) -> None:
         """Takes up what a step leaves; nothing waits for the device."""
         self.state.metrics = {}
-        self.window.add(step.names, step.sums)
+        self.window.add(step.names, step.sums, step.weighted)
         self.record.move(self.learner.step)
         self.skips = self.skips + 1 if step.skipped else 0
         if self.skips > self.config.max_skips:

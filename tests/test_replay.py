@@ -36,7 +36,7 @@ def test_steps_of_two_ranks_are_rebuilt_by_one_process(
     starts = {}
     for step in (1, 4, 8, 11, 12):  # 4: the short batch at the end of an epoch of 30 samples
         replayed = replay(Path("runs/run"), step)
-        assert replayed.loss == pytest.approx(losses[step], rel=1e-6), step
+        assert replayed.loss == losses[step], step  # to the last bit
         starts[step] = replayed.start
         assert len(replayed.samples) == (6 if step == 4 or step == 8 or step == 12 else 8)
         assert {seen.rank for seen in replayed.samples} == {0, 1}
@@ -66,7 +66,7 @@ def test_steps_are_rebuilt_as_the_attempt_did_them_that_came_to_them_last(
     for step, count in ((3, 2), (6, 2), (7, 1), (11, 1)):
         replayed = replay(run, step)
         assert replayed.start == "the initial weights"
-        assert replayed.loss == pytest.approx(losses[step], rel=1e-6), step
+        assert replayed.loss == losses[step], step  # to the last bit
         assert len({seen.rank for seen in replayed.samples}) == count
 
 

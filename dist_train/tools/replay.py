@@ -24,6 +24,7 @@ from dist_train.nested import map_tensors
 from dist_train.record.history import read_attempts, read_status
 from dist_train.runtime import Runtime
 from dist_train.state import State
+from dist_train.tasks import wide
 from dist_train.tools.pictures import write_grid
 from dist_train.tree import tree_sum
 
@@ -150,7 +151,7 @@ def _steps(
         for batch, losses in zip(parts, done.losses, strict=True)
         for seen in _seen(sets, batch, losses.tolist(), rank=batch.part.number // per_rank)
     ]
-    weight, summed = tree_sum(done.sums)[:2].tolist()
+    weight, summed = tree_sum([wide(sums) for sums in done.sums])[:2].tolist()
     loss = summed / weight if weight else math.nan
     return Replayed("", samples, loss, gradients), states.to_dict(config, state, sets)
 

@@ -99,6 +99,7 @@ def test_weights_of_losses_are_exact_on_any_number_of_processes(tmp_path: Path) 
         assert equal(one, _what_came_out(tmp_path, name)), name
     rows = read_metrics(tmp_path / "runs" / "w1")
     assert all(0 <= row["train/hits"] <= 1 for row in rows if row["kind"] == "train")
+    assert all(0 < row["train/weight"] < 2 * 4 * 40 for row in rows if row["kind"] == "train")
     train(tmp_path, *job, "train.parts=1", "run.name=whole")  # one part: the plain weighted mean
     a, b = last(tmp_path, "w1"), last(tmp_path, "whole")
     for name, value in a["model"].items():
