@@ -17,44 +17,19 @@ import pytest
 
 from tests import warm
 from tests.processes import (
-    REPO,
     Finished,
     environment,
     finish,
-    free_port,
     kill,
-    lives,
-    one_after_the_other,
     world,
 )
 from tests.worlds import (
-    CLASSES,
     SMALL,
     listing,
-    pictures,
-    write_csv,
     write_csv_data,
     write_image_folder,
-    write_images,
     write_npz,
 )
-
-__all__ = [
-    "CLASSES",
-    "REPO",
-    "SMALL",
-    "Finished",
-    "environment",
-    "free_port",
-    "kill",
-    "listing",
-    "lives",
-    "one_after_the_other",
-    "pictures",
-    "write_csv",
-    "write_images",
-    "write_npz",
-]
 
 Process = subprocess.Popen[str] | warm.Process
 

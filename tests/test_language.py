@@ -25,9 +25,8 @@ from dist_train.predict import load_model
 from dist_train.record.history import read_metrics
 from dist_train.tasks import Language
 from dist_train.tools.generate import continue_prompt
-from tests.conftest import REPO
 from tests.distributed import ranks as jobs
-from tests.processes import environment
+from tests.processes import REPO, environment
 
 RECIPE = [
     "data.name=text", "data.root=texts", "data.args.context=32", "data.args.eval_files=held.txt",

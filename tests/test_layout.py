@@ -36,7 +36,6 @@ LAYERS = """
     config
 """
 UPWARD = {("parallel", "fsdp")}  # it chooses it, and imports it when it is asked for
-OLD = ("tracking",)  # a name of before, which only hands on what has moved
 
 
 def imported(path: str) -> set[str]:
@@ -55,7 +54,7 @@ def test_imports_go_one_way() -> None:
     for file in sorted((REPO / "dist_train").rglob("*.py")):
         path = file.relative_to(REPO / "dist_train")
         ours = path.parts[0].removesuffix(".py")
-        if ours in ("__init__", *OLD):
+        if ours == "__init__":
             continue
         assert ours in place, f"{path} has no place in LAYERS yet"
         for name in imported(f"dist_train/{path}") - {ours}:

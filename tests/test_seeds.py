@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dist_train import seeds
-from tests.conftest import REPO
+from tests.processes import REPO
 
 
 def drawn() -> list[float]:
