@@ -119,8 +119,13 @@ class Learner:
                 given = self.task.losses(self.parallel.called, batch)
                 values, weights = given[0], given[1]
                 weighted, further = weights is not None, given[2] if len(given) > 2 else {}
-                gradient, summed = _weigh(values, weights, further, part.size)
-                gradient = gradient * (self.parallel.share / total)
+                scale = self.parallel.share / total
+                if weights is None and not further and part.size:  # the same in fewer operations
+                    gradient = torch.full_like(values, scale)
+                    summed = torch.stack([values.new_full((), part.size), values.detach().sum()])
+                else:
+                    gradient, summed = _weigh(values, weights, further, part.size)
+                    gradient = gradient * scale
                 if skipping:  # a loss that is not finite on one rank makes the gradient so on all of them
                     gradient = gradient + 0 * values.detach().sum()
                 self._backward(values, gradient=gradient)

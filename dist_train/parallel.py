@@ -81,15 +81,15 @@ class Parallel:
         self.buffers.after_part(counts, is_last)
         if not self.in_order:
             return
+        if is_last and (self.is_ddp or not len(self._subtrees)):
+            self._subtrees.clear()  # the communication hook has added them
+            return
         gradients: Tensors = [weight.grad for weight in self.weights]
-        if not is_last:
-            self._subtrees.add(gradients)
-            gradients = [None] * len(gradients)
-        elif not self.is_ddp and len(self._subtrees):
+        if is_last:
             gradients = self._subtrees.close(gradients)
         else:
-            self._subtrees.clear()
-            return
+            self._subtrees.add(gradients)
+            gradients = [None] * len(gradients)
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
 

@@ -364,7 +364,8 @@ def _lose_rank_1(group: Group) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_wherever_a_rank_is_killed_there_is_a_whole_checkpoint_and_the_next_attempt_goes_on(
     every: int, rank: int, saved: Path, tmp_path: Path

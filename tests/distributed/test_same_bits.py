@@ -40,7 +40,7 @@ def _what_came_out(folder: Path, name: str) -> tuple[object, ...]:
     "job",
     [
         pytest.param(MLP + SGD, marks=pytest.mark.long),
-        MLP + ADAMW + ["precision=bf16"],
+        pytest.param(MLP + ADAMW + ["precision=bf16"], marks=pytest.mark.long),
         CNN + ADAMW,
         pytest.param(CNN + SGD + ["train.parts=8"], marks=pytest.mark.long),
     ],
