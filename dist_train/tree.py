@@ -38,10 +38,9 @@ def sum_over_ranks(flat: torch.Tensor, world_size: int) -> torch.Tensor:
     whole = torch.cat([flat, flat.new_zeros(missing)]) if missing else flat
     shards = torch.empty_like(whole)
     dist.all_to_all_single(shards, whole)
-    terms = list(shards.chunk(world_size))
-    while len(terms) > 1:  # as `tree_sum` does, in the memory of the shards
-        for left, right in zip(terms[::2], terms[1::2], strict=False):
-            left.add_(right)
+    terms = shards.view(world_size, len(shards) // world_size)
+    while len(terms) > 1:  # as `tree_sum` does, in the memory of the shards, all pairs by one operation
+        terms[: len(terms) // 2 * 2 : 2].add_(terms[1::2])
         terms = terms[::2]
     _all_gather(whole, terms[0])
     return whole[: len(flat)]

@@ -12,6 +12,7 @@ import pytest
 from dist_train.data import order
 from dist_train.data.order import DistributedSampler, Order
 from dist_train.data.permutation import permuted
+from dist_train.seeds import key
 from tests.processes import environment
 
 MANY = 1_000_000_007
@@ -91,3 +92,17 @@ def test_a_run_of_a_thousand_million_samples_goes_on_anywhere_at_once() -> None:
     assert np.array_equal(part.indices, Order(MANY, batch, seed=3).global_batch(step))
     assert len(set(part.indices.tolist())) == batch
     assert peak < 2**20
+
+
+def test_a_rank_of_very_many_looks_up_its_own_samples_only() -> None:
+    """Its share of a global batch of a million is some sixty samples: it doesn't hold the others."""
+    ranks, batch = 16_384, 2**20
+    tracemalloc.start()
+    (part,) = DistributedSampler(Order(MANY, batch, seed=3), range(5, 6), ranks, 77, ranks)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (part.size, part.total, part.number) == (64, batch, 77)
+    assert np.array_equal(
+        part.indices, permuted(MANY, key(3, "order", 0), 5 * batch + 77 * 64, 5 * batch + 78 * 64)
+    )
+    assert peak < batch

@@ -69,16 +69,25 @@ class Order:
         epoch, batch = divmod(step, self.steps_per_epoch)
         return self.positions(epoch, batch * self.batch_size, (batch + 1) * self.batch_size)
 
-    def parts(self, step: int, count: int) -> list[Part]:
-        """The `count` contiguous parts of a global batch; a last, short one is cut as evenly as it goes."""
-        batch = self.global_batch(step)
-        epoch = step // self.steps_per_epoch
+    def parts(self, step: int, count: int, mine: range | None = None) -> list[Part]:
+        """The `count` contiguous parts of a global batch; a last, short one is cut as evenly as it goes.
+
+        Args:
+            mine: numbers of the parts that are wanted, or all; no other positions are looked up.
+        """
+        mine = range(count) if mine is None else mine
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        begin = batch * self.batch_size
+        total = min(self.batch_size, self.length - begin)
+        each, longer = divmod(total, count)  # the first ones are longer by one sample
+        bounds = [begin + n * each + min(n, longer) for n in range(mine.start, mine.stop + 1)]
+        positions = self.positions(epoch, bounds[0], bounds[-1])
         cut = []
-        for number, indices in enumerate(np.array_split(batch, count)):
-            size = len(indices)
+        for number, first, last in zip(mine, bounds, bounds[1:], strict=False):
+            indices = positions[first - bounds[0] : last - bounds[0]]
             # A rank that got nothing still takes part in the backward pass: with one sample of weight 0.
-            filled = indices if size else batch[:1]
-            cut.append(Part(step, epoch, filled, size, len(batch), number))
+            filled = indices if last > first else self.positions(epoch, begin, begin + 1)
+            cut.append(Part(step, epoch, filled, last - first, total, number))
         return cut
 
 
@@ -96,14 +105,14 @@ class DistributedSampler:
         self, order: Order, steps: range, parts: int = 1, rank: int = 0, world_size: int = 1
     ) -> None:
         self.order, self.steps, self.parts = order, steps, parts
-        self.mine = slice(rank * parts // world_size, (rank + 1) * parts // world_size)
+        self.mine = range(rank * parts // world_size, (rank + 1) * parts // world_size)
 
     def __len__(self) -> int:
-        return len(self.steps) * (self.mine.stop - self.mine.start)
+        return len(self.steps) * len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
         for step in self.steps:
-            yield from self.order.parts(step, self.parts)[self.mine]
+            yield from self.order.parts(step, self.parts, self.mine)
 
 
 class EvalSampler:

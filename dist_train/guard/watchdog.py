@@ -27,6 +27,7 @@ from dist_train.runtime import Runtime
 
 LOOK_SECONDS = 1.0
 GIL_SECONDS = 10.0  # after a hang of any other kind would have been ended
+SHARED_SECONDS = 10.0  # for so long what one rank has found out of a hang goes for the others, too
 SILENT_SECONDS = 5.0  # a rank that has published nothing for so long is stopped or gone
 
 
@@ -151,23 +152,33 @@ class Watchdog:
         """Which rank came last, in words."""
         if self._store is None:
             return f"it was {self.at[2]} after step {self.at[1]}"
-        places: dict[int, tuple[float, int, str]] = {}
+        answers: list[str] = []
         # In a thread of its own: a store whose rank is stopped would not answer.
-        asking = threading.Thread(target=self._ask, args=(places,), daemon=True)
+        asking = threading.Thread(target=lambda: answers.append(self._ask()), daemon=True)
         asking.start()
         asking.join(2 * LOOK_SECONDS)
-        silent_after = SILENT_SECONDS + 2 * self.publish_seconds
-        return last_rank(places, self.ranks.world_size, self._age(), silent_after)
+        return answers[0] if answers else last_rank({}, self.ranks.world_size, self._age())
 
-    def _ask(self, places: dict[int, tuple[float, int, str]]) -> None:
+    def _ask(self) -> str:
+        """Which rank came last; the first rank that asks finds out, the others take its word.
+
+        If each of thousands of ranks asked for the places of all, no store could answer in time.
+        """
         assert self._store
+        hang = int(self._age() // min(self.seconds, SHARED_SECONDS))
+        if self._store.add(f"asked/{hang}", 1) > 1:
+            return self._store.get(f"last/{hang}").decode()
         keys = [f"at/{rank}" for rank in range(self.ranks.world_size)]
         if self._store.check(keys):  # two requests, however many ranks there are
-            places.update(enumerate(map(_place, self._store.multi_get(keys))))
-            return
-        for rank, key in enumerate(keys):  # some have never said a word
-            if self._store.check([key]):
-                places[rank] = _place(self._store.get(key))
+            places = dict(enumerate(map(_place, self._store.multi_get(keys))))
+        else:  # some have never said a word
+            places = {
+                r: _place(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])
+            }
+        silent_after = SILENT_SECONDS + 2 * self.publish_seconds
+        last = last_rank(places, self.ranks.world_size, self._age(), silent_after)
+        self._store.set(f"last/{hang}", last)
+        return last
 
 
 def _end(reason: str) -> None:
