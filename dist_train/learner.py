@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
     names: tuple[str, ...]  # of the values that are recorded: `loss`, and the task's further ones
     sums: list[torch.Tensor]  # of each of this rank's parts: [sum of weights, weighted sum of each value]
-    losses: list[torch.Tensor]  # of each of these parts, one for each sample: [B]
+    losses: list[tuple[torch.Tensor, torch.Tensor | None]]  # of each of these parts: values, and weights
     norm: torch.Tensor | None  # of the gradient, before clipping, where it was needed or asked for
     row_norms: list[torch.Tensor]  # of each trained weight's gradient, then, too
     skipped: bool
@@ -71,7 +71,7 @@ class Learner:
         with ranks.together():
             self.optimizer = optim.build(config, self.model)
             self.parallel.check(self.optimizer)
-        # Accelerate's wrapper of the optimizer costs 60 us a step, and only fp16's loss scale needs it.
+        # Accelerate's wrapper costs a tenth of a small step (docs/design.md); only a loss scale needs it.
         self.scaler = ranks.accelerator.scaler
         self._stepping = (
             ranks.accelerator.prepare_optimizer(self.optimizer) if self.scaler else self.optimizer
@@ -82,8 +82,9 @@ class Learner:
             self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
         self.model.train()
         # Of a model that ranks compute together each one computes as many batches as the others.
-        filler = first_batch(data.eval).to(ranks.device, config.channels_last)
-        self._filler = filler if self.parallel.is_collective else None
+        self._filler: Batch | None = None
+        if self.parallel.is_collective:
+            self._filler = first_batch(data.eval).to(ranks.device, config.channels_last)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -108,7 +109,7 @@ class Learner:
         optim.scale_lr(self.optimizer, share)
         self.parallel.buffers.begin(self.parts, skipping)
         sums: list[torch.Tensor] = []
-        losses: list[torch.Tensor] = []
+        losses: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         total, weighted = 1, False
         further: dict[str, torch.Tensor] = {}
         for batch in batches:
@@ -130,7 +131,7 @@ class Learner:
                     gradient = gradient + 0 * values.detach().sum()
                 self._backward(values, gradient=gradient)
             sums.append(summed)
-            losses.append(_each_sample(values.detach(), weights))
+            losses.append((values.detach(), weights))
         self.parallel.buffers.finish(min(self.parts, total))
         if weighted:  # until here divided by the number of samples; now all know what the values weigh
             weight = self.ranks.sum(tree_sum(sums)[:1])[0]
@@ -250,15 +251,6 @@ def _weigh(
     weights = torch.full_like(values, counts) if weights is None else weights.to(values.dtype) * counts
     columns = [weights, *((value.detach() * weights) for value in (values, *further.values()))]
     return weights, torch.stack([column.sum() for column in columns])
-
-
-def _each_sample(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """The loss of each sample `[B]`; 0 where nothing of it weighs anything."""
-    if weights is None:
-        return values
-    total = weights.reshape(len(weights), -1).sum(1)
-    summed = (values * weights).reshape(len(weights), -1).sum(1)
-    return torch.where(total > 0, summed / total, 0)
 
 
 def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None) -> nn.Module:

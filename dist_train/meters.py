@@ -51,7 +51,9 @@ class Window:
             weight, *values = sums[row * steps.shape[1] : (row + 1) * steps.shape[1]]
             self.values.setdefault("weight", []).append(weight)
             for name, value in zip(self._names, values, strict=True):
-                self.values.setdefault(name, []).append(value / weight if weight else math.nan)
+                # Where nothing counts there is no value, and nothing went wrong.
+                mean = value / weight if weight else value
+                self.values.setdefault(name, []).append(mean)
         self._pending.clear()
         return sums[steps.numel() :]
 
@@ -65,15 +67,20 @@ class Window:
 
     def take(self) -> dict[str, float]:
         """The means per step, rounded once, of the steps that were not skipped; and a new window."""
-        row = {f"train/{name}": _mean(values) for name, values in self.values.items() if name != "weight"}
+        weights = self.values.get("weight", [])
+        names = [name for name in self.values if name != "weight"]
+        row = {f"train/{name}": _mean(self.values[name], weights) for name in names}
         if self._weighted:
             row["train/weight"] = math.fsum(self.values["weight"])  # tokens, pixels: whatever counts
         self.values = {}
         return row
 
 
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
+def _mean(values: list[float], weights: list[float]) -> float:
+    """The mean of the steps that were not skipped, and in which anything counted."""
+    early = [1.0] * (len(values) - len(weights))  # files of format 1 keep no weights
+    steps = zip(values, early + weights, strict=True)
+    finite = [value for value, weight in steps if math.isfinite(value) and weight]
     return math.fsum(finite) / len(finite) if finite else math.nan
 
 

@@ -278,6 +278,11 @@ def save(state: Any) -> Path:
         {"sample_shape": [1, 10**9, 10**9]},
         {"sample_shape": []},
         {"sample_shape": [7, 8, 8]},
+        {"parts": 0},
+        {"parts": -4},
+        {"world_size": 0},
+        {"window": {"loss": "text"}},
+        {"window": {"loss": [None]}},
     ],
     ids=str,
 )

@@ -198,6 +198,12 @@ def load(path: Path, verified: bool = False, wanted: Wanted | None = None) -> di
     shape, classes = state["sample_shape"], state["classes"]
     if not all(type(n) is int and n > 0 for n in shape) or not all(isinstance(c, str) for c in classes):
         raise UserError(f"{path}: not a checkpoint of dist_train: it tells no shape, or no names of classes.")
+    columns = [column for column in state["window"].values() if isinstance(column, list)]
+    numbers = all(isinstance(value, (int, float)) for column in columns for value in column)
+    if len(columns) < len(state["window"]) or not numbers or min(state["parts"], state["world_size"]) < 1:
+        raise UserError(
+            f"{path}: not a checkpoint of dist_train: its 'window', 'parts' or 'world_size' is no such thing."
+        )
     return state
 
 

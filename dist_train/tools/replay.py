@@ -111,7 +111,7 @@ def _attempts(run: Path) -> list[dict[str, Any]]:
 
 def _is_attempt(line: Any) -> bool:
     kinds = {"step": int, "processes": int, "config": dict}
-    if not isinstance(line, dict) or not isinstance(line.get("parts"), (int, type(None))):
+    if not isinstance(line, dict) or not isinstance(line.get("parts", 1), int) or line.get("parts", 1) < 1:
         return False
     if not all(isinstance(line.get(key), kind) for key, kind in kinds.items()):
         return False
@@ -148,8 +148,8 @@ def _steps(
     per_rank = max(1, learner.parts // world_size)
     samples = [
         seen
-        for batch, losses in zip(parts, done.losses, strict=True)
-        for seen in _seen(sets, batch, losses.tolist(), rank=batch.part.number // per_rank)
+        for batch, (values, weights) in zip(parts, done.losses, strict=True)
+        for seen in _seen(sets, batch, _each_sample(values, weights).tolist(), batch.part.number // per_rank)
     ]
     weight, summed = tree_sum([wide(sums) for sums in done.sums])[:2].tolist()
     loss = summed / weight if weight else math.nan
@@ -176,6 +176,15 @@ def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
         compile=False,
         train=replace(config.train, accumulate=1, parts=parts),
     )
+
+
+def _each_sample(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The loss of each sample `[B]`; 0 where nothing of it weighs anything."""
+    if weights is None:
+        return values
+    total = weights.reshape(len(weights), -1).sum(1)
+    summed = (values * weights).reshape(len(weights), -1).sum(1)
+    return torch.where(total > 0, summed / total, 0)
 
 
 def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) -> list[Seen]:

@@ -149,3 +149,50 @@ def _add_up(group: Group) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_shards_of_all_ranks_are_added_up_in_the_order_of_ranks(tmp_path: Path, world_size: int) -> None:
     assert on_ranks(world_size, _add_up, cwd=tmp_path) == [0] * world_size
+
+
+NOTHING = """
+import torch
+from dist_train.tasks import SampleTask
+
+class Nothing(SampleTask):
+    # Every step but the first one weighs nothing: all pixels ignored, say.
+    steps = 0
+
+    def loss(self, outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def losses(self, model, batch):
+        values = self.loss(model(batch.inputs), batch.targets)
+        return values, torch.full_like(values, float(batch.part.step < 1))
+"""
+
+
+def test_a_step_in_which_nothing_counts_changes_no_row_and_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(NOTHING)
+    job = [*COMMON, *MLP, "optim.lr=0.05", "task.name=mine:Nothing", "train.ema=0"]
+    train(tmp_path, *job)
+    first, *others = (row for row in read_metrics(tmp_path / "runs/run") if row["kind"] == "train")
+    assert first["train/loss"] > 0 and first["train/weight"] == 40
+    assert [row["train/loss"] for row in others] == [None, None]
+    assert [row["train/weight"] for row in others] == [0, 0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("parts", "processes"), [(3, 3), (6, 3), (5, 5), (12, 3)])
+def test_numbers_of_processes_that_are_no_powers_of_two_give_the_same_bits_too(
+    tmp_path: Path, parts: int, processes: int
+) -> None:
+    job = [*COMMON, *CNN, *ADAMW, f"train.parts={parts}", "train.batch_size=60"]
+    for count in (1, processes):
+        train(tmp_path, *job, f"run.name=w{count}", processes=count)
+    assert equal(_what_came_out(tmp_path, "w1"), _what_came_out(tmp_path, f"w{processes}"))
+
+
+def test_an_evaluation_later_on_another_number_of_processes_has_the_bits_of_the_run(tmp_path: Path) -> None:
+    from dist_train.predict import evaluate_run
+
+    job = [*COMMON, *CNN, *ADAMW, "train.parts=null", "eval.batch_size=null"]
+    train(tmp_path, *job, processes=2)
+    found = evaluate_run(tmp_path / "runs/run/checkpoints/last.pt", ["threads=1"])
+    assert found == last(tmp_path)["metrics"]
