@@ -364,7 +364,17 @@ def test_a_run_of_ones_own_goes_on_without_a_word_of_trust(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("forged", [{"processes": 0}, {"processes": -1}, {"config": {"resume": 7}}])
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"processes": 0},
+        {"processes": -1},
+        {"parts": 0},
+        {"parts": -4},
+        {"parts": "4"},
+        {"config": {"resume": 7}},
+    ],
+)
 def test_a_record_of_attempts_that_can_be_none_is_told(forged: dict[str, Any], world: Path) -> None:
     file = RUN / "attempts.jsonl"
     line = json.loads(file.read_text().splitlines()[0])
