@@ -7,7 +7,7 @@ A seed is a function of the run's seed and of what it is for:
 | initial weights | seed | `seed_weights` |
 | order of an epoch | seed, epoch | `generator(key(seed, "order", epoch))`, or a permutation by this key |
 | samples held out for evaluation | seed | `generator(key(seed, "hold out"))` |
-| augmentation of a sample | seed, epoch, index of the sample | `seed_sample` |
+| augmentation of a sample | seed, epoch, index of the sample | `seed_sample`; of many: draws.py |
 | dropout and other noise of the model | seed, step, part of the global batch | `seed_device` |
 | what a sweep draws | its seed, name of the parameter, number of the run | `key` |
 

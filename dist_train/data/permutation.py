@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from dist_train.data.draws import mixed
 from dist_train.seeds import key
 
 ROUNDS = 10
@@ -43,13 +44,6 @@ def _encrypted(values: np.ndarray, sides: tuple[int, int], keys: list[int]) -> n
     for number, round_key in enumerate(keys):
         this = number % 2
         size, half = sizes[this], halves[this]
-        half += (_mixed(halves[1 - this] ^ np.uint64(round_key)) >> np.uint64(32)) * size >> np.uint64(32)
+        half += (mixed(halves[1 - this] ^ np.uint64(round_key)) >> np.uint64(32)) * size >> np.uint64(32)
         half -= size * (half >= size)
     return halves[0] * sizes[1] + halves[1]
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """A random-looking number of 64 bits for each; multiplication wraps around."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
