@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dist_train import models, optim, tasks
+from dist_train import flops, models, optim, tasks
 from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, UserError, to_mapping
-from dist_train.data import Batch, Data, first_batch
+from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
 from dist_train.meters import Best
 from dist_train.parallel import Parallel, spread
@@ -64,6 +64,7 @@ class Learner:
         self.set_parts(default_parts(config.train.parts, ranks.world_size, config.train.accumulate))
         with ranks.together():
             self.model = _build(config, ranks, data, task, model)
+        self.most_per_second = _most_per_second(self.model, data, config, ranks)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
         self.parallel = spread(config, ranks, self.model)
         if self.average is not None:
@@ -165,7 +166,7 @@ class Learner:
 
     def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
         """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
-        moved = (batch.to(self.ranks.device, self.config.channels_last) for batch in batches)
+        moved = Feed(iter(batches), self.ranks.device, self.config.channels_last)
         metrics = evaluate(self.evaluated, moved, self.task, self.ranks, stop, self._filler)
         self.parallel.evaluated(self.evaluated)
         return metrics
@@ -278,6 +279,13 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _most_per_second(model: nn.Module, data: Data, config: Config, ranks: Runtime) -> float | None:
+    """How many samples all devices could train at their peak, or None where that isn't known."""
+    peak = flops.peak(ranks.device_name, config.precision)
+    count = flops.of_training(model, first_batch(data.train).inputs) if peak else None
+    return ranks.world_size * peak / count if peak and count else None
 
 
 def _restore_optimizer(

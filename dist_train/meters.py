@@ -93,7 +93,6 @@ class Clock:
 
     def __init__(self, account: dict[str, float]) -> None:
         self.account = account
-        self.data_seconds = 0.0  # counted by the loop, since the last `settle`
         self.seconds_per_step = 0.0  # between the last two `settle`s; 0: not known yet
         self._unsettled = 0  # steps since the last one
         self._excluded = 0.0
@@ -101,7 +100,8 @@ class Clock:
         self._restart()
 
     def _restart(self) -> None:
-        self.steps, self.samples, self._seconds, self._waiting = 0, 0, 0.0, 0.0  # since the last row
+        self.steps, self.samples = 0, 0  # since the last row
+        self._seconds, self._waiting, self._device_waiting = 0.0, 0.0, 0.0
 
     def step(self, samples: int) -> None:
         """Counts a step, which took so many samples on all ranks together; a last batch may be short."""
@@ -118,26 +118,38 @@ class Clock:
         self._excluded += seconds
         self.account[name] += seconds
 
-    def settle(self) -> None:
-        """Brings the account up to now."""
+    def settle(self, waiting: float, device_waiting: float) -> None:
+        """Brings the account up to now.
+
+        Args:
+            waiting, device_waiting: seconds since the last call that the loop and the device waited for data.
+        """
         now = time.perf_counter()
-        seconds, waiting = now - self._settled - self._excluded, self.data_seconds
-        self._settled, self._excluded, self.data_seconds = now, 0.0, 0.0
+        seconds = now - self._settled - self._excluded
+        self._settled, self._excluded = now, 0.0
         self._seconds += seconds
         self._waiting += waiting
+        self._device_waiting += device_waiting
         self.account["productive"] += seconds - waiting
         self.account["waiting for data"] += waiting
         if self._unsettled:
             self.seconds_per_step, self._unsettled = seconds / self._unsettled, 0
 
-    def take(self, steps_left: int) -> dict[str, float]:
-        """Speed since the last row, as metrics, and a new start."""
+    def take(self, steps_left: int, most_per_second: float | None) -> dict[str, float]:
+        """Speed since the last row, as metrics, and a new start.
+
+        Args:
+            most_per_second: samples that all devices could train at their peak, if that is known.
+        """
         seconds, steps = max(self._seconds, 1e-9), max(self.steps, 1)
         values = {
             "perf/samples_per_second": self.samples / seconds,
             "perf/data_share": self._waiting / seconds,
+            "perf/device_wait_share": self._device_waiting / seconds,
             "perf/seconds_left": steps_left * seconds / steps,
         }
+        if most_per_second:
+            values["perf/mfu"] = self.samples / seconds / most_per_second
         self._restart()
         return {name: float(f"{value:.4g}") for name, value in values.items()}
 

@@ -47,6 +47,12 @@ class Runtime:
         """Whether this is rank 0, the only one that writes."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str:
+        """What the maker calls the GPU, as `NVIDIA H200`; else the kind of device, as `cpu`."""
+        is_cuda = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if is_cuda else self.device.type
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a small `tensor` over all ranks, in the order of ranks."""
         if self.world_size == 1:

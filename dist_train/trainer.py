@@ -78,7 +78,8 @@ class Trainer:
         parts, start = self.learner.parts, self.learner.step
         self.eval_batches = job.data.eval_loader(config, ranks, parts)
         loader = job.data.train_loader(config, ranks, start, job.total, parts)
-        self.batches: Iterator[data.Batch] = iter(loader)
+        self.feed = data.Feed(iter(loader), ranks.device, config.channels_last)
+        self.batches: Iterator[data.Batch] = self.feed
         if config.log.batches:
             attempt = ranks.from_main(record.attempt)
             path = config.run_dir / f"batches/attempt-{attempt}-rank-{ranks.rank}.jsonl"
@@ -130,9 +131,7 @@ class Trainer:
         step = self.learner.step
         for _ in range(self.learner.per_rank):
             self.guard.beat(step, "waiting for data")
-            asked = time.perf_counter()
-            batch = next(self.batches).to(self.ranks.device, self.config.channels_last)
-            self.clock.data_seconds += time.perf_counter() - asked
+            batch = next(self.batches)
             self.guard.beat(step, "computing")
             self.unread += batch.bad
             samples = batch.part.total
@@ -160,7 +159,7 @@ class Trainer:
             self.clock.seconds_per_step,
             len(self.unread),
         )
-        self.clock.settle()
+        self.clock.settle(*self.feed.waited())
         if gone:
             raise RunError(
                 f"{self.config.run_dir} was deleted or moved under way; this attempt ends, unsaved."
@@ -180,8 +179,8 @@ class Trainer:
         values = self.window.take() | self.learner.rates()
         if step.norm is not None:
             values["train/grad_norm"] = float(step.norm)
-        values |= self.clock.take(self.job.total - self.learner.step) | self.ranks.memory()
-        self.row("train", values)
+        speed = self.clock.take(self.job.total - self.learner.step, self.learner.most_per_second)
+        self.row("train", values | speed | self.ranks.memory())
 
     def evaluate(self) -> bool:
         """Measures the eval set; False if somebody asked to stop meanwhile."""

@@ -27,6 +27,7 @@ LAYERS = """
     data
     guard
     models optim checkpoint
+    flops
     nested rows gpt
     runtime
     tree

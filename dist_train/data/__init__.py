@@ -4,6 +4,7 @@
     sources.py     data sets by name              samples.py     the batches made of them
     transforms.py  what is done to each image     batch.py       what a batch is
     labels.py      what a label may be            loader.py      fetching batches ahead of time
+    draws.py       random numbers of a batch      feed.py        batches on their way to the device
 
 `build` is the face of the package.
 """
@@ -21,6 +22,7 @@ from torch.utils.data import IterableDataset, Subset
 
 from dist_train.config import Config, UserError
 from dist_train.data.batch import Batch
+from dist_train.data.feed import Feed
 from dist_train.data.loader import Loader, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
 from dist_train.data.samples import Samples
@@ -32,7 +34,17 @@ from dist_train.parts import default_parts, part_size
 from dist_train.runtime import Runtime
 from dist_train.seeds import generator, key
 
-__all__ = ["Batch", "Data", "ImageTransform", "Source", "build", "eval_transform", "first_batch", "recorded"]
+__all__ = [
+    "Batch",
+    "Data",
+    "Feed",
+    "ImageTransform",
+    "Source",
+    "build",
+    "eval_transform",
+    "first_batch",
+    "recorded",
+]
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _checksum(value: Any) -> int:
     """Of the bytes of all tensors in `value`, in their order."""
     number = 0
     for tensor in tensors(value):
-        number = zlib.crc32(tensor.contiguous().numpy().data, number)
+        number = zlib.crc32(tensor.cpu().contiguous().numpy().data, number)
     return number
 
 

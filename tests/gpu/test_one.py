@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dist_train.checkpoint.snapshot import to_cpu
+from dist_train.data import Batch, Feed
+from dist_train.data.order import Part
 from dist_train.record.history import read_metrics, read_status
 from dist_train.tools.replay import replay
 from tests.distributed.ranks import equal, last, same_bits
@@ -123,3 +126,27 @@ def test_a_checkpoint_of_a_gpu_is_read_without_one(job: list[str], cli: Callable
     without = cli("train", *job, "device=cpu", env={"CUDA_VISIBLE_DEVICES": ""})
     assert without.rc == 0, without
     assert "(step 10)" in without.err
+
+
+def test_batches_that_are_copied_ahead_are_right_and_two_lie_there() -> None:
+    """Each is used late, by a device that is busy, while the loop is far ahead of it."""
+    pin = DEVICE == "cuda"
+    inputs = [torch.full((2**20,), float(number)) for number in range(40)]
+    part = Part(0, 0, np.arange(1), 1, 1)
+    batches = (Batch(values.pin_memory() if pin else values, None, part) for values in inputs)
+    feed = Feed(batches, torch.device(DEVICE))
+    large, sums = torch.ones(2048, 2048, device=DEVICE), []
+    if pin:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    for batch in feed:
+        for _ in range(8 if pin else 0):
+            large = large @ large / 2048
+        sums.append(batch.inputs.double().mean())
+        del batch
+    assert torch.stack(sums).tolist() == list(range(40))
+    loop, device = feed.waited()
+    assert loop > 0 and device >= 0 and feed.waited() == (0, 0)
+    if pin:
+        doubles, products = 2**23, 2 * large.numel() * 4
+        assert torch.cuda.max_memory_allocated() - before < 2 * 2**22 + doubles + products + 2**21
