@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -271,7 +272,8 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
             batch = batch.to(ranks.device)  # where the model will be, which a task of one's own may rely on
         names = tasks.check(task, model, batch, outputs, len(data.classes))
         if outputs is not None and tasks.is_classification(task) and not data.classes:
-            samples.classes = outputs.shape[1]  # as many as the model has outputs
+            as_outputs = replace(samples.labels, classes=outputs.shape[1])  # as many as the model has
+            samples.labels = as_outputs
             samples.check_labels(part)
     Best.parse(config.checkpoint.best or task.best).check(names)
     if config.parallel.name == "ddp" or ranks.world_size == 1:  # else block by block, as it is sharded

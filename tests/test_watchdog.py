@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from dist_train.cluster import slurm
-from dist_train.config import from_mapping, parse_seconds
+from dist_train.config import UserError, from_mapping, parse_seconds
 from dist_train.guard import watchdog
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import Lock
-from dist_train.guard.watchdog import last_rank
+from dist_train.guard.watchdog import check_seconds, last_rank
 from dist_train.record.history import read_status
 from dist_train.tools.status import collect
 from tests.distributed.ranks import last
@@ -276,6 +276,16 @@ def test_the_last_rank_is_the_silent_one_else_the_one_with_the_fewest_steps() ->
     assert "rank 0 came last" in last_rank({0: (now, 6, "saving"), 1: waiting}, 2, now)
     assert last_rank({0: computing, 1: computing}, 2, now) == "all ranks are computing after step 7"
     assert "store does not answer" in last_rank({}, 2, now)
+    many = last_rank({0: computing}, 16_384, now)
+    assert "rank 1, 2, 3, 4, 5, 6, 7, 8 and 16,375 others came last" in many
+
+
+def test_a_watch_too_short_for_thousands_of_ranks_is_refused() -> None:
+    check_seconds(1, 1000)
+    check_seconds(0, 16_384)
+    check_seconds(37, 16_384)
+    with pytest.raises(UserError, match=r"watchdog_seconds: 20 is too short for 16,384 .* at least 37\.$"):
+        check_seconds(20, 16_384)
 
 
 # --- launchers ---------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.utils.data import IterableDataset, Subset
 from dist_train.config import Config, UserError
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
+from dist_train.data.labels import Labels
 from dist_train.data.loader import Loader, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
 from dist_train.data.samples import Samples
@@ -145,17 +145,11 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
             " samples, so with data.drop_last no batch is left; use a smaller one."
         )
     on_target = target_transform(options.target_transform, len(classes))
+    labels = Labels(len(classes), config.task.name == "classification", on_target)
     training, evaluating = _transforms(config, all(View(d).is_images for d in (train_data, eval_data)))
     skip = options.on_bad_sample == "skip"
-    make = partial(
-        Samples,
-        target_transform=on_target,
-        seed=config.seed,
-        classes=len(classes),
-        strict=config.task.name == "classification",
-    )
-    train = make(train_data, training, on_bad="replace" if skip else "stop")
-    evaluation = make(eval_data, evaluating, on_bad="leave out" if skip else "stop")
+    train = Samples(train_data, training, labels, config.seed, "replace" if skip else "stop")
+    evaluation = Samples(eval_data, evaluating, labels, config.seed, "leave out" if skip else "stop")
     train.check_labels("training")
     evaluation.check_labels("evaluation")
     read = Samples.readable if skip else Samples.sample

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,15 @@ import torch
 from dist_train.config import UserError
 
 MOST_CLASSES = 1_000_000  # whole numbers beyond it are no class numbers
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set may be, and what is done to each."""
+
+    classes: int  # how many there are; 0: unknown
+    strict: bool  # whether targets must be classes: see `wrong`
+    transform: Callable[[Any], Any] | None = None
 
 
 def numbered(labels: Iterable[int], where: str) -> list[str]:

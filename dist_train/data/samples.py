@@ -6,7 +6,7 @@ batches are slices of the result; all else is done sample by sample, with the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from dist_train.config import UserError
 from dist_train.data.batch import Batch, Unreadable
 from dist_train.data.images import BadSample, as_text
-from dist_train.data.labels import first_wrong, wrong
+from dist_train.data.labels import Labels, first_wrong, wrong
 from dist_train.data.order import Part
 from dist_train.data.source import View
 from dist_train.data.transforms import ImageTransform, OneHot
@@ -35,14 +35,12 @@ class Samples(Dataset[Any]):
         self,
         source: Any,
         transform: ImageTransform | None,  # None: the inputs are no images
-        target_transform: Callable[[Any], Any] | None = None,
+        labels: Labels,
         seed: int = 0,
         on_bad: str = "stop",  # "stop", "replace" or "leave out"
-        classes: int = 0,
-        strict: bool = False,  # whether targets must be classes: see `labels.wrong`
     ) -> None:
-        self.source, self.transform, self.target_transform = View(source), transform, target_transform
-        self.seed, self.on_bad, self.classes, self.strict = seed, on_bad, classes, strict
+        self.source, self.transform, self.labels = View(source), transform, labels
+        self.seed, self.on_bad = seed, on_bad
         self.checked = False  # whether all labels were found to be right
 
     def __len__(self) -> int:
@@ -165,7 +163,7 @@ class Samples(Dataset[Any]):
         item = self.source[index]
         if isinstance(item, (tuple, list)) and len(item) == 2:
             return item[0], item[1]
-        if self.strict or not isinstance(item, (dict, tuple)):
+        if self.labels.strict or not isinstance(item, (dict, tuple)):
             raise UserError(
                 f"data: {self.name(index)} is a {type(item).__name__}, not a pair (image, label)."
             )
@@ -173,42 +171,42 @@ class Samples(Dataset[Any]):
 
     def target(self, label: Any, index: int) -> Any:
         """The target of a sample with this label. Raises UserError, naming it, for one that can't be."""
-        if (self.checked and self.target_transform is None) or (label is None and not self.strict):
+        if (self.checked and self.labels.transform is None) or (label is None and not self.labels.strict):
             return label
         reason = ""
-        if isinstance(self.target_transform, OneHot):
-            reason = wrong(label, self.classes, strict=True)
-        if self.target_transform is not None and not reason:
-            label = self.target_transform(_copy(label))
-        if reason := reason or wrong(label, self.classes, self.strict):
+        if isinstance(self.labels.transform, OneHot):
+            reason = wrong(label, self.labels.classes, strict=True)
+        if self.labels.transform is not None and not reason:
+            label = self.labels.transform(_copy(label))
+        if reason := reason or wrong(label, self.labels.classes, self.labels.strict):
             raise UserError(f"data: the label of {self.name(index)} {reason}.")
         return label
 
     def all_targets(self, labels: Any, numbers: np.ndarray) -> Any:
         """The targets of the samples `numbers`, which have these labels."""
-        if isinstance(self.target_transform, OneHot):  # of labels that were checked at the start
-            labels = self.target_transform(labels)
-        elif self.target_transform is not None:
+        if isinstance(self.labels.transform, OneHot):  # of labels that were checked at the start
+            labels = self.labels.transform(labels)
+        elif self.labels.transform is not None:
             rows = [self.target(label, i) for label, i in zip(labels, numbers.tolist(), strict=True)]
             labels = torch.stack([torch.as_tensor(row) for row in rows])
         elif not self.checked and isinstance(labels, torch.Tensor):
-            self.refuse(first_wrong(labels, self.classes, self.strict), numbers)
+            self.refuse(first_wrong(labels, self.labels.classes, self.labels.strict), numbers)
         return self.numbers(labels)
 
     def numbers(self, targets: Any) -> Any:
         """Class numbers as int64: torch's loss takes no other; all other targets as they are."""
-        if self.strict and targets.ndim == 1 and not targets.is_floating_point():
+        if self.labels.strict and targets.ndim == 1 and not targets.is_floating_point():
             return targets.long()
         return targets
 
     def check_labels(self, part: str) -> None:
         """Raises UserError for a wrong one, where the labels of all samples are at hand."""
-        by_number = isinstance(self.target_transform, OneHot)
-        if self.target_transform is not None and not by_number:
+        by_number = isinstance(self.labels.transform, OneHot)
+        if self.labels.transform is not None and not by_number:
             return
         labels = self.source.all_labels()
         if labels is not None:
-            self.refuse(first_wrong(labels, self.classes, self.strict or by_number), part=part)
+            self.refuse(first_wrong(labels, self.labels.classes, self.labels.strict or by_number), part=part)
             self.checked = True
 
     def refuse(

@@ -11,7 +11,7 @@ from types import TracebackType
 from dist_train.config import Config, UserError
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import Lock
-from dist_train.guard.watchdog import Watchdog
+from dist_train.guard.watchdog import Watchdog, check_seconds
 from dist_train.runtime import Runtime
 
 
@@ -76,7 +76,10 @@ class Guard:
 
         Args:
             fail: hears, on rank 0, the reason for which the process is about to be ended.
+
+        Raises UserError where so many processes need a longer `watchdog_seconds`.
         """
+        check_seconds(self.config.watchdog_seconds, ranks.world_size)
         self._watchdog = Watchdog(self.config, ranks, self._interrupt, self.started, self._lock, fail)
         self._interrupt.can_save = True
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_train.config import Config
+from dist_train.config import Config, UserError
 from dist_train.guard.deadline import deadline
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import RENEW_SECONDS, Lock
@@ -28,6 +29,7 @@ from dist_train.runtime import Runtime
 LOOK_SECONDS = 1.0
 GIL_SECONDS = 10.0  # after a hang of any other kind would have been ended
 SHARED_SECONDS = 10.0  # for so long what one rank has found out of a hang goes for the others, too
+MOST_NAMED = 8  # ranks in one line
 SILENT_SECONDS = 5.0  # a rank that has published nothing for so long is stopped or gone
 
 
@@ -55,8 +57,7 @@ class Watchdog:
         self._deadline = deadline(config, started) if ranks.is_main else None
         self._store = _store() if ranks.world_size > 1 else None
         self._held = self._open_held() if self.seconds else None
-        # All ranks' words go to one store: it hears of no more than a thousand a second.
-        self.publish_seconds = max(LOOK_SECONDS, ranks.world_size / 1000) - LOOK_SECONDS / 2
+        self.publish_seconds = publish_seconds(ranks.world_size)
         self._renewed = self._published = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -175,10 +176,30 @@ class Watchdog:
             places = {
                 r: _place(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])
             }
-        silent_after = SILENT_SECONDS + 2 * self.publish_seconds
+        silent_after = silent_seconds(self.ranks.world_size)
         last = last_rank(places, self.ranks.world_size, self._age(), silent_after)
         self._store.set(f"last/{hang}", last)
         return last
+
+
+def publish_seconds(world_size: int) -> float:
+    """Seconds from a rank's word to its next: all go to one store, which hears of a thousand a second."""
+    return max(LOOK_SECONDS, world_size / 1000) - LOOK_SECONDS / 2
+
+
+def silent_seconds(world_size: int) -> float:
+    """Seconds without a word after which a rank counts as stopped or gone."""
+    return SILENT_SECONDS + 2 * publish_seconds(world_size)
+
+
+def check_seconds(seconds: float, world_size: int) -> None:
+    """Raises UserError where a hang would be ended before the store has heard of each rank."""
+    if 0 < seconds < silent_seconds(world_size) and publish_seconds(world_size) > LOOK_SECONDS:
+        raise UserError(
+            f"watchdog_seconds: {seconds:g} is too short for {world_size:,} processes, each of which says"
+            f" where it is every {publish_seconds(world_size):.0f} s; set at least"
+            f" {math.ceil(silent_seconds(world_size))}."
+        )
 
 
 def _end(reason: str) -> None:
@@ -213,7 +234,8 @@ def last_rank(
         return "the store does not answer, so rank 0 or the launcher, which keeps it, came last"
     silent = [r for r in range(world_size) if r not in places or now - places[r][0] > silent_after]
     if silent:
-        names = ", ".join(map(str, silent))
+        names = ", ".join(map(str, silent[:MOST_NAMED]))
+        names += f" and {len(silent) - MOST_NAMED:,} others" if len(silent) > MOST_NAMED else ""
         return f"rank {names} came last: nothing was heard of it for {silent_after:.0f} s or more"
     rank = min(places, key=lambda r: (places[r][1], ORDER.index(places[r][2])))
     _, step, doing = places[rank]
