@@ -171,6 +171,24 @@ def samples(
 
 
 @app.command()
+def profile(
+    arguments: Configs,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps that are timed.")] = 20,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for Chrome or Perfetto to this new file.")
+    ] = None,
+) -> None:
+    """Show where the time of a step goes: data, forward, backward, optimizer, operators. Leaves no run."""
+    config = load_words(arguments, say)
+    from dist_train.tools.profiler import profile, show
+
+    if measured := profile(config, steps, trace):
+        show(measured)
+        if trace:
+            print(f"\nwritten: {trace}")
+
+
+@app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],

@@ -78,7 +78,7 @@ class Learner:
         self._stepping = (
             ranks.accelerator.prepare_optimizer(self.optimizer) if self.scaler else self.optimizer
         )
-        self._backward = ranks.accelerator.backward if self.scaler else torch.Tensor.backward
+        self.backward = ranks.accelerator.backward if self.scaler else torch.Tensor.backward
         self._move_average: Callable[[int], None] | None = None
         if self.average is not None:
             self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
@@ -131,7 +131,7 @@ class Learner:
                     gradient = gradient * scale
                 if skipping:  # a loss that is not finite on one rank makes the gradient so on all of them
                     gradient = gradient + 0 * values.detach().sum()
-                self._backward(values, gradient=gradient)
+                self.backward(values, gradient=gradient)
             sums.append(summed)
             losses.append((values.detach(), weights))
         self.parallel.buffers.finish(min(self.parts, total))

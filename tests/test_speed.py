@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from dist_train import flops, models
 from dist_train.meters import Clock
 from dist_train.record.account import SECONDS
 from dist_train.record.history import read_metrics
+from dist_train.tools.profiler import Stopwatch
+from tests.processes import Finished
 
 
 def test_a_row_tells_the_share_of_time_that_loop_and_device_waited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +116,65 @@ def test_a_model_that_looks_at_numbers_has_no_known_flops_and_is_left_as_it_is()
     assert flops.of_training(model, torch.zeros(2, 4)) is None
     assert model.norm.num_batches_tracked == 0
     assert model.linear.weight.device.type == "cpu"
+
+
+# --- dist-train profile ------------------------------------------------------------------------------
+
+
+def shares(text: str, first: str) -> dict[str, float]:
+    """The last column, in %, of the table whose heading begins with `first`."""
+    lines = text[text.index(first) :].split("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: float(line.split()[-1].rstrip("%")) for line in lines}
+
+
+def test_a_profile_tells_where_the_time_goes_and_leaves_a_trace_alone(
+    small: list[str], cli: Callable[..., Finished], tmp_path: Path
+) -> None:
+    command = ["profile", *small, "train.accumulate=2", "--steps=5", "--trace=trace.json"]
+    finished = cli(*command)
+    assert (finished.rc, finished.err) == (0, ""), finished
+    phases, operators = shares(finished.out, "phase"), shares(finished.out, "operator")
+    assert list(phases) == ["data", "forward", "backward", "optimizer", "other"]
+    assert all(0 < share < 100 for share in phases.values())
+    assert sum(phases.values()) == pytest.approx(100, abs=0.5)
+    assert "aten::addmm" in operators and 0 < sum(operators.values()) <= 100.5
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"data", "forward", "backward", "Optimizer.step#SGD.step", "aten::addmm"} <= names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz", "trace.json"]
+    before = (tmp_path / "trace.json").read_bytes()
+    refused = cli(*command)
+    assert refused.rc == 2 and refused.err.count("\n") == 1 and "trace.json exists already" in refused.err
+    assert (tmp_path / "trace.json").read_bytes() == before
+    refused = cli("profile", *small, "--trace=none/trace.json")
+    assert refused.rc == 2 and "none is no folder" in refused.err
+
+
+def test_several_processes_are_profiled_together_and_the_first_one_tells(
+    small: list[str], ranks: Callable[..., list[Finished]]
+) -> None:
+    """Longer than the run, whose schedule ends at its twelfth step."""
+    first, second = ranks(2, "profile", *small, "--steps=15", "schedule.name=cosine", "precision=bf16")
+    assert (first.rc, second.rc, second.out) == (0, 0, ""), (first, second)
+    assert "(15 steps)" in first.out and "c10d::allreduce_" in first.out, first
+
+
+def test_a_stopwatch_gives_each_phase_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def work(seconds: float) -> float:
+        now[0] += seconds
+        return seconds
+
+    watch = Stopwatch(torch.device("cpu"))
+    forward, optimizer = watch.watched("forward", work), watch.watched("optimizer", work)
+    watch.mark("other")
+    assert forward(3.0) == 3
+    work(1.0)
+    optimizer(seconds=4.0)
+    forward(2.0)
+    work(5.0)
+    watch.mark("other")
+    loop, device = watch.seconds()
+    assert loop == {"data": 0, "forward": 5, "backward": 0, "optimizer": 4, "other": 6}
+    assert device is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 
@@ -19,7 +20,7 @@ class Feed:
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, channels_last: bool = False) -> None:
         self.batches, self.device, self.channels_last = batches, device, channels_last
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = _side(device) if device.type == "cuda" else None
         self._last: list[tuple[torch.cuda.Event, Batch]] = []  # when what came before was done; two at most
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds = 0.0
@@ -65,3 +66,9 @@ class Feed:
         self._last.append((done, batch))
         self._waits.append((done, there))
         return batch
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for copies to a GPU: torch keeps the memory of each stream apart."""
+    return torch.cuda.Stream(device)
