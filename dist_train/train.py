@@ -278,4 +278,6 @@ def _describe(job: Job, learner: Learner) -> list[str]:
             f"{ranks.world_size} processes can't hold whole subtrees of {learner.parts} parts: what they"
             " compute agrees with other numbers of processes but for rounding"
         )
+    if fetching := data.described(sets.train, config, ranks):
+        lines.append(fetching)
     return [*lines, *sets.notes]

@@ -803,7 +803,7 @@ def test_workers_fetch_the_same_batches_as_the_process_itself(image_folder: Path
 def test_sets_in_memory_need_no_workers_and_files_share_the_cpus(npz: Path, image_folder: Path) -> None:
     def workers(**source: Any) -> int:
         setup = config(data=source)
-        return int(data.build(setup).train_loader(setup, rank(), 0, 1).num_workers)
+        return loader.workers(data.build(setup).train, setup, rank())
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     assert workers(name="arrays", root=str(npz)) == 0

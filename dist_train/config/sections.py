@@ -55,7 +55,8 @@ class DataConfig:
     drop_last: bool = option(False, "Leave out the last, short global batch of each epoch.")
     workers: int | None = option(
         None,
-        "Loader processes per rank; null: none for data in memory, else this rank's share of the CPUs.",
+        "Threads per rank that make batches, or processes where data or transforms need them (images.md); "
+        "null: none for data in memory, else this rank's share of the CPUs.",
         least=0,
         most_from_file=256,
         may_change=True,

@@ -5,6 +5,7 @@
     transforms.py  what is done to each image     batch.py       what a batch is
     labels.py      what a label may be            loader.py      fetching batches ahead of time
     draws.py       random numbers of a batch      feed.py        batches on their way to the device
+    geometry.py    crops, flips and sizes         decode.py      JPEGs to pixels
 
 `build` is the face of the package.
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from dist_train.config import Config, UserError
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.labels import Labels
-from dist_train.data.loader import Loader, make_loader, recorded
+from dist_train.data.loader import described, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
 from dist_train.data.samples import Samples
 from dist_train.data.source import Source, View
@@ -41,6 +43,7 @@ __all__ = [
     "ImageTransform",
     "Source",
     "build",
+    "described",
     "eval_transform",
     "first_batch",
     "recorded",
@@ -80,7 +83,7 @@ class Data:
 
     def train_loader(
         self, config: Config, runtime: Runtime, start: int, stop: int, parts: int | None = None
-    ) -> Loader:
+    ) -> Iterable[Batch]:
         """This rank's parts of the optimizer steps from `start` to `stop`.
 
         Args:
@@ -91,7 +94,7 @@ class Data:
         sampler = DistributedSampler(order, range(start, stop), parts, runtime.rank, runtime.world_size)
         return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
 
-    def eval_loader(self, config: Config, runtime: Runtime, parts: int | None = None) -> Loader:
+    def eval_loader(self, config: Config, runtime: Runtime, parts: int | None = None) -> Iterable[Batch]:
         """This rank's share of the eval set, each sample once."""
         size = config.eval.batch_size or 4 * _parts(config, runtime, parts)[1]
         sampler = EvalSampler(len(self.eval), size, runtime.rank, runtime.world_size)

@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, nearest
+from dist_train.data.decode import decode_jpeg
 
 EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's word for so many channels
@@ -26,6 +27,8 @@ class BadSample(UserError):
 
 class InMemory(Dataset):
     """Images `[N, C, H, W]` (uint8, or float) and labels `[N, ...]` held as two tensors."""
+
+    in_threads = True
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> None:
         self.images, self.labels, self.classes = images, labels, list(classes)
@@ -49,6 +52,8 @@ class InMemory(Dataset):
 
 class ImageFiles(Dataset):
     """Image files with a label each, decoded when they are read."""
+
+    in_threads = True
 
     def __init__(
         self,
@@ -98,6 +103,9 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
     if channels not in MODES:
         raise UserError(f"{shown}: an image file is read with 1, 3 or 4 channels, not {channels}.")
     try:
+        pixels = decode_jpeg(bytearray(path.read_bytes()), channels)
+        if pixels is not None:
+            return pixels
         with Image.open(path) as image:
             if image.mode == "F" or image.mode.startswith("I"):
                 return _deep(image, channels)

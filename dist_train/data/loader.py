@@ -1,4 +1,8 @@
-"""Fetching: the DataLoader, asked for several micro-batches at a time, and its worker processes."""
+"""Fetching: batches are made ahead of time by threads of this process, or by worker processes.
+
+Threads take a tenth of the time to start, share memory, and send nothing; decoders and resizing let go of
+Python's lock. What holds it, and what draws from global generators, needs processes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ import multiprocessing
 import os
 import signal
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,11 +24,11 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 
-from dist_train.config import Config
+from dist_train.config import Config, counted
 from dist_train.data.batch import Batch
 from dist_train.data.order import Part
 from dist_train.data.samples import Samples
-from dist_train.nested import tensors
+from dist_train.nested import map_tensors, tensors
 from dist_train.runtime import Runtime, allowed_cpus
 
 FETCH_BYTES = 2**22  # of images in memory that are transformed at a time: they stay in the CPU's cache
@@ -35,25 +41,84 @@ class Loader(DataLoader[Batch]):
         return chain.from_iterable(super().__iter__())  # type: ignore[arg-type]
 
 
+class Threads:
+    """The batches of a sampler in its order, made by threads a few ahead of time.
+
+    Args:
+        ahead: how many batches may wait or be in the making.
+        pin: whether to copy them into page-locked memory.
+    """
+
+    def __init__(
+        self, samples: Samples, sampler: Iterable[Part], threads: int, ahead: int, pin: bool
+    ) -> None:
+        self.samples, self.sampler = samples, sampler
+        self.threads, self.ahead, self.pin = threads, ahead, pin
+
+    def __iter__(self) -> Iterator[Batch]:
+        # Each thread computes by itself; torch would give it a team of its own, and take over its number.
+        before = torch.get_num_threads()
+        pool = ThreadPoolExecutor(self.threads, "loader", torch.set_num_threads, (1,))
+        waiting: deque[Future[Batch]] = deque()
+        try:
+            for part in self.sampler:
+                waiting.append(pool.submit(self._made, part))
+                if len(waiting) >= self.ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            torch.set_num_threads(before)
+
+    def _made(self, part: Part) -> Batch:
+        batch = self.samples.__getitems__([part])[0]
+        assert isinstance(batch, Batch)
+        if not self.pin:
+            return batch
+        inputs, targets = (map_tensors(torch.Tensor.pin_memory, x) for x in (batch.inputs, batch.targets))
+        return batch._replace(inputs=inputs, targets=targets)
+
+
+def workers(samples: Samples, config: Config, runtime: Runtime) -> int:
+    """How many threads or processes make the batches; 0: the training itself does, between its steps."""
+    if config.data.workers is not None:
+        return config.data.workers
+    return 0 if samples.is_batched else min(16, allowed_cpus() // runtime.local_world_size)
+
+
+def described(samples: Samples, config: Config, runtime: Runtime) -> str:
+    """A line that tells who makes the batches of images, and what needs processes for it; or nothing."""
+    count = workers(samples, config, runtime)
+    if not count or samples.transform is None:
+        return ""
+    each = " of each rank" if runtime.world_size > 1 else ""
+    if samples.in_threads:
+        return f"images: read and transformed in {counted(count, 'thread')}{each}"
+    reason = samples.transform.not_keyed or "this data set"
+    return f"images: read and transformed in {counted(count, 'worker process')}{each}, as {reason} needs them"
+
+
 def make_loader(
     samples: Samples, sampler: Iterable[Part], config: Config, runtime: Runtime, batch_bytes: int
-) -> Loader:
+) -> Iterable[Batch]:
     """The loader of micro-batches of so many bytes, with workers and page-locked memory where they help."""
     options = config.data
-    workers = options.workers
-    if workers is None:
-        workers = 0 if samples.is_batched else min(16, allowed_cpus() // runtime.local_world_size)
+    count = workers(samples, config, runtime)
     pin = runtime.device.type == "cuda" if options.pin_memory is None else options.pin_memory
+    pin = pin and torch.cuda.is_available()
+    if count and samples.in_threads:
+        return Threads(samples, sampler, count, count * options.prefetch, pin)
     at_a_time = max(1, FETCH_BYTES // batch_bytes) if samples.is_batched else 1
     return Loader(
         samples,
         batch_sampler=BatchSampler(sampler, at_a_time, drop_last=False),  # type: ignore[arg-type]
         collate_fn=_as_it_is,  # `__getitems__` returns whole batches
-        num_workers=workers,
-        pin_memory=pin and torch.cuda.is_available(),
-        prefetch_factor=options.prefetch if workers else None,
-        persistent_workers=workers > 0,
-        worker_init_fn=partial(_start_worker, _ending) if workers else None,
+        num_workers=count,
+        pin_memory=pin,
+        prefetch_factor=options.prefetch if count else None,
+        persistent_workers=count > 0,
+        worker_init_fn=partial(_start_worker, _ending) if count else None,
     )
 
 

@@ -1,7 +1,8 @@
 """Samples: a data set with its transforms, and the micro-batches that are made of it.
 
-Where samples are in memory and no transform is random, they are fetched and transformed all at once, and
-batches are slices of the result; all else is done sample by sample, with the sample's own seed.
+Where samples are in memory and their transforms are quick for whole batches, they are fetched and
+transformed all at once, and batches are slices of the result. All else is done sample by sample: in threads,
+by numbers that are drawn for each, where reading and transforms are ours; otherwise with the sample's seed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from dist_train.config import UserError
 from dist_train.data.batch import Batch, Unreadable
+from dist_train.data.geometry import as_batch, stack
 from dist_train.data.images import BadSample, as_text
 from dist_train.data.labels import Labels, first_wrong, wrong
 from dist_train.data.order import Part
 from dist_train.data.source import View
-from dist_train.data.transforms import ImageTransform, OneHot
+from dist_train.data.transforms import ImageTransform, OneHot, as_tensor
 from dist_train.nested import map_tensors, tensors
 from dist_train.seeds import seed_sample
 
@@ -65,7 +67,10 @@ class Samples(Dataset[Any]):
         numbers = np.concatenate([part.indices for part in parts])
         inputs, targets = self.source.read_many(torch.from_numpy(numbers))
         targets = self.all_targets(targets, numbers)
-        if self.transform is not None:
+        if self.transform is not None and self.is_keyed:
+            drawn = [self.drawn(part.epoch, part.indices) for part in parts]
+            inputs = self.transform.to_float(self.transform.batch(inputs, np.concatenate(drawn)))
+        elif self.transform is not None:
             inputs = self.transform(inputs)
         batches, end = [], 0
         for part in parts:
@@ -77,7 +82,7 @@ class Samples(Dataset[Any]):
         """A micro-batch, fetched sample by sample."""
         samples, bad = self.samples(part)
         filled = samples or [self.readable(0, part.epoch)]
-        inputs = self.collated("an input", [one for one, _ in filled])
+        inputs = self.inputs([one for one, _ in filled])
         targets = None
         if any(target is not None for _, target in filled):
             targets = self.numbers(self.collated("a target", [target for _, target in filled]))
@@ -85,6 +90,16 @@ class Samples(Dataset[Any]):
             nothing = itemgetter(slice(0))
             inputs, targets = map_tensors(nothing, inputs), map_tensors(nothing, targets)
         return Batch(inputs, targets, part, tuple(bad))
+
+    def inputs(self, values: list[Any]) -> Any:
+        """The inputs of a batch, of those that `prepared` gave, as the model gets them."""
+        if self.transform is None or not self.is_keyed:
+            return self.collated("an input", values)
+        if len({image.dtype for image in values}) > 1:  # files of 8 bits and of more
+            values = [self.transform.unit(image) for image in values]
+        if len({image.shape for image in values}) > 1:
+            self.collated("an input", values)  # which tells it
+        return self.transform.to_float(stack(values))
 
     def collated(self, what: str, values: list[Any]) -> Any:
         """Inputs or targets as one of a batch. Raises UserError for what can't be stacked."""
@@ -114,14 +129,15 @@ class Samples(Dataset[Any]):
         A bad one is replaced by the next one of the data set that can be read, or left out. Raises
         UserError where neither is wanted.
         """
-        if self.on_bad == "stop":
-            return [self.sample(int(index), part.epoch) for index in part.indices], []
+        rows = self.drawn(part.epoch, part.indices) if self.is_keyed else [None] * len(part.indices)
         samples: list[tuple[Any, Any]] = []
         bad: list[tuple[str, str]] = []
-        for index in part.indices.tolist():
+        for index, drawn in zip(part.indices.tolist(), rows, strict=True):
             try:
-                samples.append(self.sample(index, part.epoch))
+                samples.append(self.prepared(index, part.epoch, drawn))
             except UNREADABLE as error:
+                if self.on_bad == "stop":
+                    raise
                 bad.append((self.name(index), str(error)))
                 if self.on_bad == "replace":
                     samples.append(self.readable(index + 1, part.epoch, bad))
@@ -135,7 +151,7 @@ class Samples(Dataset[Any]):
         for tried in range(index, index + MOST_BAD):
             place = tried % len(self)
             try:
-                return self.sample(place, epoch)
+                return self.prepared(place, epoch)
             except UNREADABLE as error:
                 last = str(error)
                 if bad is not None:
@@ -149,11 +165,26 @@ class Samples(Dataset[Any]):
 
     def sample(self, index: int, epoch: int) -> tuple[Any, Any]:
         """One transformed sample as (image `[C, H, W]` or other input, target), as this epoch sees it."""
-        seed_sample(self.seed, epoch, index, everything=not self.is_plain)
+        inputs, target = self.prepared(index, epoch)
+        if self.transform is not None and self.is_keyed:
+            inputs = self.transform.to_float(inputs)
+        return inputs, target
+
+    def prepared(self, index: int, epoch: int, drawn: np.ndarray | None = None) -> tuple[Any, Any]:
+        """The same before what `inputs` does to all images of a batch at once.
+
+        Args:
+            drawn: the numbers of this sample, where it is keyed and they are at hand.
+        """
+        if not self.is_keyed:
+            seed_sample(self.seed, epoch, index, everything=not self.is_plain)
         image, label = self.pair(index)
         label = self.target(label, index)
         if self.transform is None:
             return image, label
+        if self.is_keyed:
+            drawn = self.drawn(epoch, np.array([index]))[0] if drawn is None else drawn
+            return self.transform.batch(as_batch(as_tensor(image)), drawn[None])[0], label
         if self.transform.steps:
             image, label = _copy(image), _copy(label)
         return self.transform.pair(image, label)
@@ -219,9 +250,26 @@ class Samples(Dataset[Any]):
             name = self.name(place if numbers is None else int(numbers[place]))
             raise UserError(f"data: {where}the label of {name} {reason}.")
 
+    def drawn(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """What is drawn for samples where they are keyed: `ImageTransform.drawn`."""
+        assert self.transform is not None
+        return self.transform.drawn(self.seed, epoch, indices)
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether source and transforms are ours, and numbers drawn ahead say what is done to an image."""
+        is_ours = self.source.in_threads or self.source.can_read_many
+        return is_ours and self.transform is not None and self.transform.is_keyed
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether threads may make batches at once: nothing draws from a generator that they share."""
+        by_us = self.labels.transform is None or isinstance(self.labels.transform, OneHot)
+        return self.source.in_threads and self.is_keyed and by_us
+
     @property
     def is_batched(self) -> bool:
-        """Whether samples are in memory, and their transforms take whole batches and are not random."""
+        """Whether samples are in memory, and their transforms are quick for whole batches."""
         return self.source.can_read_many and (self.transform is None or self.transform.batched)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,13 +14,15 @@ from torch.utils.data import Subset
 class Source(Protocol):
     """A data set. `__len__` and `__getitem__` suffice, all else may be missing.
 
-    A subclass that gives other samples than its base, by a `__getitem__` of its own, takes over neither
-    `all_labels` nor `read_many`.
+    A subclass that gives other samples than its base, by a `__getitem__` of its own, takes over none of
+    `all_labels`, `read_many` and `in_threads`.
     """
 
     classes: Sequence[str]  # the names of the classes, by their numbers
     note: str  # what the user should know about where the data came from
     is_images: bool  # whether inputs are images, to be transformed and normalized; True where it is missing
+    # Whether threads may read samples at once, without Python's lock; each input is a tensor [C, H, W] then.
+    in_threads: bool
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -61,7 +63,8 @@ class View:
             source = source.dataset
         self.whole = source
         self.is_images = bool(getattr(source, "is_images", True))
-        self.can_read_many = self._method("read_many") is not None
+        self.can_read_many = self._own("read_many") is not None
+        self.in_threads = bool(self._own("in_threads"))
 
     def __len__(self) -> int:
         return len(self.whole if self.positions is None else self.positions)
@@ -76,7 +79,7 @@ class View:
 
     def all_labels(self) -> torch.Tensor | None:
         """The labels `[N, ...]` of all samples, if they are at hand."""
-        method = self._method("all_labels")
+        method = self._own("all_labels")
         if method is None:
             return None
         labels: torch.Tensor = method()
@@ -92,11 +95,11 @@ class View:
     def _position(self, index: int) -> int:
         return index if self.positions is None else int(self.positions[index])
 
-    def _method(self, name: str) -> Callable[[], Any] | None:
-        """A method that fits to the samples: not one of a base whose `__getitem__` is replaced."""
+    def _own(self, name: str) -> Any:
+        """A method or value that fits to the samples: none of a base whose `__getitem__` is replaced."""
         for cls in type(self.whole).__mro__:
             if name in vars(cls):
-                return getattr(self.whole, name)  # type: ignore[no-any-return]
+                return getattr(self.whole, name)
             if "__getitem__" in vars(cls):
                 return None
         return None

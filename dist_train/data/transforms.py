@@ -1,13 +1,14 @@
 """Transforms: from an image as it is read to the tensor that the model gets, keyed per sample.
 
 Names are those of torchvision.transforms.v2. What a random transform does to a sample is a function of
-(seed, epoch, index): the same in any worker process, on any rank, and when a step is replayed.
+(seed, epoch, index): the same in any thread or worker process, on any rank, and when a step is replayed.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, counted, import_object, nearest
+from dist_train.data import geometry
+from dist_train.data.draws import uniform
+from dist_train.data.geometry import Step, as_batch
 from dist_train.data.masks import IGNORED
 from dist_train.nested import map_tensors, tensors
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
+QUICK = {"RandomCrop", "RandomHorizontalFlip", "RandomVerticalFlip"}  # random, and no work for threads
 
 
 class ImageTransform:
@@ -43,8 +48,15 @@ class ImageTransform:
         built = [_build(name, f"{where}[{position}]") for position, name in enumerate(names)]
         self.names = [name for _, name in built]
         self.steps = [step for step, _ in built]
-        self.batched = all(name in BATCHED for _, name in built)
         self.ours = all(name for _, name in built)  # only v2's, which draw from torch alone
+        drawing = [_by_numbers(step, name) for step, name in built]
+        self.keyed = [step for step in drawing if step is not None]  # the same steps, by numbers drawn ahead
+        self.is_keyed = len(self.keyed) == len(built)  # whether all of them are there
+        others = (built[place] for place, step in enumerate(drawing) if step is None)
+        self.not_keyed = next((name or _name(step) for step, name in others), "")  # the first that isn't
+        self.draws = sum(step.draws for step in self.keyed)
+        known = BATCHED | QUICK if self.is_keyed else BATCHED
+        self.batched = all(name in known for _, name in built)  # whether it is quick for whole batches
         self.mean = torch.tensor(mean).view(-1, 1, 1) if mean else None
         self.std = torch.tensor(std).view(-1, 1, 1) if std else None
 
@@ -78,34 +90,61 @@ class ImageTransform:
             return both
         return self.geometry(inputs), target
 
+    def drawn(self, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+        """The numbers by which `batch` transforms the samples `indices` `[B]` in an epoch, `[B, draws]`."""
+        return uniform(seed, epoch, indices, "geometry", self.draws)
+
+    def batch(self, images: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
+        """Where it `is_keyed`: the named transforms of images `[B, C, H, W]`, by the numbers of each."""
+        for position, step in enumerate(self.keyed):
+            numbers, drawn = drawn[:, : step.draws], drawn[:, step.draws :]
+            images = self._step(position, step.apply, images, numbers)
+        return images
+
     def geometry(self, image: Any) -> Any:
-        """The named transforms alone, before conversion and normalization."""
+        """The named transforms alone, before conversion and normalization.
+
+        Random ones draw from torch's generator, or where they are the user's own from any.
+        """
+        if self.is_keyed and not self.draws and type(image) is torch.Tensor:  # one way to each pixel
+            images = image if image.ndim == 4 else as_batch(image)
+            images = self.batch(images, np.empty((len(images), 0)))
+            return images if image.ndim == 4 else images[0]
         for position, step in enumerate(self.steps):
             if self.names[position]:  # torchvision's pass an array over in silence
                 image = _tensor(image)
-            try:
-                image = step(image)
-            except (RuntimeError, TypeError, ValueError) as error:
-                if not self.names[position]:  # the user's own: its traceback tells more
-                    raise
-                reason = " ".join(str(error).split()).rstrip(".")
-                shapes = " and ".join(str(list(t.shape)) for t in tensors(image)) or "[]"
-                raise UserError(
-                    f"{self.where}[{position}]: {self.names[position]} can't be applied to an image of"
-                    f" shape {shapes}: {reason}."
-                ) from error
+            image = self._step(position, step, image)
         return image
+
+    def _step(self, position: int, step: Callable[..., Any], image: Any, *drawn: np.ndarray) -> Any:
+        """One transform. Raises UserError, naming its place, where the image doesn't suit it."""
+        try:
+            return step(image, *drawn)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if not self.names[position]:  # the user's own: its traceback tells more
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            shapes = " and ".join(str(list(t.shape[-3:])) for t in tensors(image)) or "[]"
+            raise UserError(
+                f"{self.where}[{position}]: {self.names[position]} can't be applied to an image of"
+                f" shape {shapes}: {reason}."
+            ) from error
 
     def to_float(self, image: Any) -> torch.Tensor:
         """Values from 0 to 1, then normalized; a tensor that is float already is only normalized."""
-        if not isinstance(tensor := _tensor(image), torch.Tensor):
-            try:
-                tensor = v2.functional.to_image(image)
-            except TypeError:
-                raise UserError(
-                    f"data: an image is of type {type(image).__name__}; make it a tensor, an array or a PIL"
-                    " image."
-                ) from None
+        tensor = self.unit(image)
+        if self.mean is None or self.std is None:
+            return tensor
+        if len(self.mean) not in (1, tensor.shape[-3]):
+            raise UserError(
+                f"data.mean has {counted(len(self.mean), 'value')}, but the images have"
+                f" {counted(tensor.shape[-3], 'channel')}."
+            )
+        return (tensor - self.mean) / self.std
+
+    def unit(self, image: Any) -> torch.Tensor:
+        """Values from 0 to 1 as float32; a tensor that is float already as it is."""
+        tensor = as_tensor(image)
         if tensor.dtype == torch.uint8:
             tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
         elif tensor.is_floating_point() or tensor.dtype == torch.bool:
@@ -117,15 +156,7 @@ class ImageTransform:
                 f"data: an image is of type {str(tensor.dtype).removeprefix('torch.')}, so it isn't known"
                 " which value is white; make it uint8 (255), uint16 (65535), or floats from 0 to 1."
             )
-        tensor = tensor.as_subclass(torch.Tensor)
-        if self.mean is not None and self.std is not None:
-            if len(self.mean) not in (1, tensor.shape[-3]):
-                raise UserError(
-                    f"data.mean has {counted(len(self.mean), 'value')}, but the images have"
-                    f" {counted(tensor.shape[-3], 'channel')}."
-                )
-            tensor = (tensor - self.mean) / self.std
-        return tensor
+        return tensor.as_subclass(torch.Tensor)
 
     def unnormalize(self, tensor: torch.Tensor) -> torch.Tensor:
         """Values from 0 to 1 again, to be looked at."""
@@ -134,10 +165,40 @@ class ImageTransform:
         return tensor * self.std + self.mean
 
 
+def _by_numbers(step: Callable[[Any], Any], name: str) -> Step | None:
+    """A named transform by numbers that are drawn ahead; None for a random one that we don't do so."""
+    if (found := geometry.step(name, step)) is not None:
+        return found
+    if name in BATCHED and not getattr(step, "inplace", False):
+        return Step(0, partial(_whole, step=step))
+    return None
+
+
+def _whole(images: torch.Tensor, drawn: np.ndarray, step: Callable[[Any], Any]) -> torch.Tensor:
+    transformed: torch.Tensor = step(images)
+    return transformed
+
+
+def _name(step: Callable[[Any], Any]) -> str:
+    return str(getattr(step, "__name__", type(step).__name__))
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without torchvision's word for what it is; the classes of a mask as int64, as torch's loss wants."""
     plain = tensor.as_subclass(torch.Tensor)
     return plain.long() if isinstance(tensor, tv_tensors.Mask) else plain
+
+
+def as_tensor(image: Any) -> torch.Tensor:
+    """An image of any kind as a tensor `[C, H, W]`. Raises UserError for what is none."""
+    if isinstance(tensor := _tensor(image), torch.Tensor):
+        return tensor
+    try:
+        return v2.functional.to_image(image)  # type: ignore[no-any-return]
+    except TypeError:
+        raise UserError(
+            f"data: an image is of type {type(image).__name__}; make it a tensor, an array or a PIL image."
+        ) from None
 
 
 def _tensor(image: Any) -> Any:
