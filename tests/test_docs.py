@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import shutil
+import socketserver
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ import pytest
 
 from dist_train.config import Config, load
 from dist_train.config.schema import all_keys
+from tests import warm
 from tests.processes import REPO, environment, kill
 
 PAGES = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -90,12 +92,16 @@ def followed(
     """What is wrong with each page whose test was asked for; pages are followed side by side."""
     name = test_every_block_runs_as_printed.__name__
     asked = [item.callspec.params["page"] for item in request.session.items if item.name.startswith(name)]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = {
-            page: pool.submit(follow, page, make_tree(tmp_path_factory.mktemp(page.stem))) for page in asked
+    place = str(tmp_path_factory.mktemp("warm") / "socket")
+    warm.serve()
+    with WarmServer(place, Asked) as server, ThreadPoolExecutor(max_workers=2) as pool:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            page: pool.submit(follow, page, make_tree(tmp_path_factory.mktemp(page.stem), place))
+            for page in asked
         }
-        yield futures
         pool.shutdown(cancel_futures=True)
+        server.shutdown()
 
 
 @pytest.mark.slow
@@ -142,8 +148,12 @@ def follow(page: Path, tree: Path) -> str:
     return ""
 
 
-def make_tree(parent: Path) -> Path:
-    """A copy of the repository with a small Fashion-MNIST, short recipes, and an installed .venv."""
+def make_tree(parent: Path, server: str) -> Path:
+    """A copy of the repository with a small Fashion-MNIST, short recipes, and an installed .venv.
+
+    Args:
+        server: the socket of a `WarmServer`.
+    """
     top = parent / "dist_train"
     left = {".git", ".venv", "runs", "data", "wandb", "build", "dist"}
     for item in REPO.iterdir():
@@ -162,13 +172,44 @@ def make_tree(parent: Path) -> Path:
         recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
     programs = top / ".venv/bin"
     programs.mkdir(parents=True)
-    for name, module in {"python": "", "dist-train": "-m dist_train"}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "dist-train").write_text(DIST_TRAIN.format(python=sys.executable, server=server))
+    for name in ("python", "dist-train"):
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
     for stamp in ("installed", "installed-dev"):  # younger than pyproject.toml: make has nothing to install
         (top / ".venv" / stamp).touch()
     return top
+
+
+# The program, forked from a process that has imported torch, which takes seconds.
+DIST_TRAIN = """#!{python} -ISu
+import json, os, socket, sys
+
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({server!r})
+    outputs = ["/proc/%d/fd/%d" % (os.getpid(), number) for number in (1, 2)]
+    asked = [sys.argv[1:], os.getcwd(), dict(os.environ), *outputs]
+    server.sendall(json.dumps(asked).encode() + b"\\n")
+    code = int(server.makefile().readline())
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+class WarmServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Runs the commands of DIST_TRAIN."""
+
+    daemon_threads = True
+
+
+class Asked(socketserver.StreamRequestHandler):
+    """One command."""
+
+    def handle(self) -> None:
+        """Runs it, and answers with its exit code."""
+        arguments, folder, env, output, errors = json.loads(self.rfile.readline())
+        process = warm.Process(arguments, Path(folder), env, Path(output), Path(errors))
+        self.wfile.write(b"%d\n" % process.wait(SECONDS))
 
 
 def variables(tree: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import multiprocessing
 import os
 import runpy
@@ -29,6 +30,13 @@ CONTEXT.set_forkserver_preload(
 )  # fmt: skip
 
 
+@functools.cache
+def serve() -> None:
+    """Starts the server, which computes with one thread."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
 class Process:
     """A command as a `subprocess.Popen` has it, in a session of its own.
 
@@ -45,8 +53,8 @@ class Process:
         self.args = list(command) if command and callable(command[0]) else list(map(str, command))
         given = (self.args, str(cwd), dict(env), str(output), str(errors))
         self._process = CONTEXT.Process(target=_main, args=given)
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):  # for the server, if it starts now
-            self._process.start()
+        serve()
+        self._process.start()
         self.pid = self._process.pid or 0
 
     @property
@@ -96,6 +104,9 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
         (2, errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
     ):
         os.dup2(os.open(path, flags, 0o666), number)
+    # Not the server's, which remember what kind of file was there.
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     first, *rest = command or [""]
     try:
         if callable(first):
