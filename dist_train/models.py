@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -118,7 +117,6 @@ def _convolutions(before: int, after: int) -> nn.Sequential:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "unet": unet, "gpt": GPT}
-SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
 
 # What wrong arguments make a model raise: sizes below zero, unknown weights, weights out of reach.
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError)
@@ -142,7 +140,9 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
         )
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), args, channels, num_classes)
-    known = torchvision.models.list_models(module=torchvision.models) + SEGMENTATION
+    import torchvision  # half a second
+
+    known = torchvision.models.list_models(module=torchvision.models) + segmentation_models()
     if name not in known:
         raise UserError(
             f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn,"
@@ -219,19 +219,29 @@ def probe(model: nn.Module, inputs: Any, name: str) -> torch.Tensor:
     return output
 
 
+def segmentation_models() -> list[str]:
+    """The names of torchvision's segmentation models."""
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)
+    return names
+
+
 def _torchvision(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_classes: int) -> nn.Module:
-    args = dict(args)
+    import torchvision
+
+    args, segments = dict(args), name in segmentation_models()
     if name in ("googlenet", "inception_v3") and not args.get("weights"):
         args = {"aux_logits": False, "init_weights": True} | args
     if name.startswith("vit_"):
         args.setdefault("image_size", sample_shape[1])
-    if name in SEGMENTATION:
+    if segments:
         args.setdefault("weights_backbone", None)  # nothing is downloaded unasked
     if not args.get("weights"):
         args["num_classes"] = num_classes
     model = construct(torchvision.models.get_model_builder(name), args, "model.args", REFUSALS)
     if args.get("weights"):
-        (replace_heads if name in SEGMENTATION else replace_last)(model, num_classes)
+        (replace_heads if segments else replace_last)(model, num_classes)
     replace_first(model, sample_shape[0])
     return model
 

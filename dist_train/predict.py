@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.transforms import v2
 
 from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train.checkpoint.files import write_output
@@ -123,7 +122,9 @@ def predict(
             try:
                 image = transform.geometry(read_image(file, shape[0]))
                 if list(image.shape[-2:]) != shape[-2:]:  # the model knows one size only
-                    image = v2.functional.resize(image, shape[-2:], antialias=True)
+                    from torchvision.transforms.v2.functional import resize
+
+                    image = resize(image, shape[-2:], antialias=True)
                 tensors.append(transform.to_float(image))
                 readable.append(file)
             except UserError as error:

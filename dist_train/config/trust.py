@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +136,9 @@ def _named(config: Config) -> Iterator[tuple[str, str, Any]]:
 
 
 def _is_class(name: str) -> bool:
-    """Whether it is one of the classes of CLASSES; looked up in what is imported anyway."""
+    """Whether it is one of the classes of CLASSES."""
     module, _, attribute = name.partition(":")
-    found = getattr(sys.modules.get(module), attribute, None) if module in CLASSES else None
+    found = getattr(import_module(module), attribute, None) if module in CLASSES else None
     if not isinstance(found, type):
         return False
     return CLASSES[module] in (base.__name__ for base in found.__mro__)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
-from PIL import Image
 
 FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of a header that tells the size
 
@@ -21,6 +20,8 @@ def decode_jpeg(data: bytearray, channels: int) -> torch.Tensor | None:
     That is for other files, other conversions of colors than from grey, and images so large that Pillow
     warns of them.
     """
+    from PIL import Image
+
     found = _frame(data) if data[:2] == b"\xff\xd8" else None
     if found is None or channels not in (1, 3):
         return None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from dist_train.config import UserError
 from dist_train.data.images import InMemory
@@ -90,6 +89,8 @@ def read_idx(file: Path, magic: int) -> torch.Tensor:
 
 def _download_fashion_mnist(target: Path) -> bool:
     """Whether torchvision's download of all four files into `target` succeeded."""
+    import torchvision
+
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(10)  # seconds; a dead network must not hold the run up
     try:

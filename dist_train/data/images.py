@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import v2
 
 from dist_train.config import UserError, nearest
 from dist_train.data.decode import decode_jpeg
 
 EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's word for so many channels
 
 
@@ -99,6 +97,8 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
 
     Raises BadSample, naming the file, if it is no image, or none whose white is known.
     """
+    from PIL import Image
+
     shown = as_text(path)
     if channels not in MODES:
         raise UserError(f"{shown}: an image file is read with 1, 3 or 4 channels, not {channels}.")
@@ -110,8 +110,9 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
             if image.mode == "F" or image.mode.startswith("I"):
                 return _deep(image, channels)
             if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-                return v2.functional.pil_to_tensor(image.convert("RGBA").convert(MODES[channels]))
-            return v2.functional.pil_to_tensor(image.convert(MODES[channels]))
+                image = image.convert("RGBA")
+            values = np.array(image.convert(MODES[channels]))
+            return torch.from_numpy(values.reshape(*values.shape[:2], channels)).permute(2, 0, 1)
     except FileNotFoundError:
         raise BadSample(f"{shown}: there is no such image file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -141,7 +142,7 @@ def image_paths(folder: Path) -> list[Path]:
     found: list[Path] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        shown = (name for name in names if name.lower().endswith(IMG_EXTENSIONS) and not is_hidden(name))
+        shown = (name for name in names if name.lower().endswith(EXTENSIONS) and not is_hidden(name))
         found += map(Path(place).joinpath, shown)
     return sorted(found)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.tv_tensors import Mask
 
 from dist_train.config import UserError
 from dist_train.data.images import (
@@ -23,6 +21,10 @@ from dist_train.data.images import (
     read_image,
     unpacked,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torchvision.tv_tensors import Mask
 
 IGNORED = 255  # pixels of this number count nowhere
 
@@ -45,6 +47,8 @@ class ImageMasks(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Mask]:
         """An image uint8 `[C, H, W]` and its mask uint8 `[H, W]`. Raises BadSample where they don't fit."""
+        from torchvision.tv_tensors import Mask
+
         image = read_image(self.path(index), self.channels)
         mask = read_mask(path := unpacked(self.masks[index]), len(self.classes))
         if mask.shape != image.shape[1:]:
@@ -95,6 +99,8 @@ def image_masks(
 
 def read_mask(path: Path, classes: int) -> torch.Tensor:
     """A mask file as uint8 `[H, W]`. Raises BadSample if it is none, or has numbers of no class."""
+    from PIL import Image
+
     shown = as_text(path)
     try:
         with Image.open(path) as image:
@@ -131,6 +137,8 @@ def painted(mask: torch.Tensor) -> torch.Tensor:
 
 def mask_file(mask: np.ndarray) -> Image.Image:
     """A mask uint8 `[H, W]` as a picture that keeps the numbers, and that viewers show in colors."""
+    from PIL import Image
+
     image = Image.fromarray(mask)
     image.putpalette(colors().tobytes())
     return image

@@ -2,6 +2,7 @@
 
 Names are those of torchvision.transforms.v2. What a random transform does to a sample is a function of
 (seed, epoch, index): the same in any thread or worker process, on any rank, and when a step is replayed.
+torchvision is imported only for what needs it: that takes half a second.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from dist_train.config import UserError, construct, counted, import_object, nearest
 from dist_train.data import geometry
@@ -73,7 +72,7 @@ class ImageTransform:
         inputs, target = self.geometry_of_pair(inputs, target)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
-            return self.to_float(tensor) if isinstance(tensor, tv_tensors.Image) else _plain(tensor)
+            return self.to_float(tensor) if _is_tv(tensor, "Image") else _plain(tensor)
 
         nested = isinstance(inputs, (dict, tuple, list))
         inputs = map_tensors(convert, inputs) if nested else self.to_float(inputs)
@@ -85,7 +84,7 @@ class ImageTransform:
         Then a transform of one's own gets the pair of both, too.
         """
         nested = isinstance(inputs, (dict, tuple, list))
-        if nested or any(isinstance(tensor, tv_tensors.TVTensor) for tensor in tensors(target)):
+        if nested or any(map(_is_tv, tensors(target))):
             both: tuple[Any, Any] = self.geometry((_tensor(inputs), target))
             return both
         return self.geometry(inputs), target
@@ -144,9 +143,9 @@ class ImageTransform:
 
     def unit(self, image: Any) -> torch.Tensor:
         """Values from 0 to 1 as float32; a tensor that is float already as it is."""
-        tensor = as_tensor(image)
+        tensor = as_tensor(image).as_subclass(torch.Tensor)
         if tensor.dtype == torch.uint8:
-            tensor = v2.functional.to_dtype(tensor, torch.float32, scale=True)
+            tensor = tensor.float().mul_(1 / 255)  # as torchvision's to_dtype does it
         elif tensor.is_floating_point() or tensor.dtype == torch.bool:
             tensor = tensor.float()
         elif tensor.dtype == torch.uint16:
@@ -156,7 +155,7 @@ class ImageTransform:
                 f"data: an image is of type {str(tensor.dtype).removeprefix('torch.')}, so it isn't known"
                 " which value is white; make it uint8 (255), uint16 (65535), or floats from 0 to 1."
             )
-        return tensor.as_subclass(torch.Tensor)
+        return tensor
 
     def unnormalize(self, tensor: torch.Tensor) -> torch.Tensor:
         """Values from 0 to 1 again, to be looked at."""
@@ -183,18 +182,29 @@ def _name(step: Callable[[Any], Any]) -> str:
     return str(getattr(step, "__name__", type(step).__name__))
 
 
+def _is_tv(tensor: torch.Tensor, kind: str = "TVTensor") -> bool:
+    """Whether it is of a class of torchvision.tv_tensors; a plain tensor is of none."""
+    if type(tensor) is torch.Tensor:
+        return False
+    from torchvision import tv_tensors
+
+    return isinstance(tensor, getattr(tv_tensors, kind))
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without torchvision's word for what it is; the classes of a mask as int64, as torch's loss wants."""
     plain = tensor.as_subclass(torch.Tensor)
-    return plain.long() if isinstance(tensor, tv_tensors.Mask) else plain
+    return plain.long() if _is_tv(tensor, "Mask") else plain
 
 
 def as_tensor(image: Any) -> torch.Tensor:
     """An image of any kind as a tensor `[C, H, W]`. Raises UserError for what is none."""
     if isinstance(tensor := _tensor(image), torch.Tensor):
         return tensor
+    from torchvision.transforms.v2.functional import to_image
+
     try:
-        return v2.functional.to_image(image)  # type: ignore[no-any-return]
+        return to_image(image)  # type: ignore[no-any-return]
     except TypeError:
         raise UserError(
             f"data: an image is of type {type(image).__name__}; make it a tensor, an array or a PIL image."
@@ -205,7 +215,9 @@ def _tensor(image: Any) -> Any:
     """An array `[H, W]` or `[H, W, C]` as a tensor `[C, H, W]`; all else is given back."""
     if not isinstance(image, np.ndarray):
         return image
-    return v2.functional.to_image(image.astype(image.dtype.newbyteorder("="), copy=False))
+    from torchvision.transforms.v2.functional import to_image
+
+    return to_image(image.astype(image.dtype.newbyteorder("="), copy=False))
 
 
 class OneHot:
@@ -255,6 +267,8 @@ def _build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
         target = import_object(name, where)
         # A class or a factory is called with the arguments; a plain function is the transform.
         return (construct(target, args, where) if args or isinstance(target, type) else target), ""
+    from torchvision.transforms import v2
+
     known = [item for item in dir(v2) if isinstance(getattr(v2, item), type)]
     if name not in known or name == "Transform":
         raise UserError(f"{where}: torchvision.transforms.v2 has no '{name}'{nearest(name, known)}.")
@@ -268,4 +282,6 @@ def _filling(cls: type, args: dict[str, Any]) -> dict[str, Any]:
     fill = inspect.signature(cls).parameters.get("fill")
     if fill is None or isinstance(args.get("fill"), dict):
         return args
+    from torchvision import tv_tensors
+
     return args | {"fill": {tv_tensors.Mask: IGNORED, "others": args.get("fill", fill.default)}}
