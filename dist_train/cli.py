@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from dist_train import __version__
 from dist_train.config import RunError, UserError, load_words, printable
 from dist_train.config.schema import all_keys
 from dist_train.console import flush, is_main, say
+
+if TYPE_CHECKING:
+    from dist_train.train import Result
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
 
@@ -32,6 +35,9 @@ app = typer.Typer(
 
 Trust = Annotated[
     bool, typer.Option("--trust", help="Import and run whatever objects the file names, as if it were yours.")
+]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="Go on also with a changed configuration.")
 ]
 Configs = Annotated[
     list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False,
@@ -63,19 +69,50 @@ def main() -> None:
 @app.command()
 def train(
     arguments: Configs,
-    allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on also with a changed configuration.")
-    ] = False,
+    allow_changes: AllowChanges = False,
 ) -> None:
     """Train, or go on with the run where it stopped. Exit code 75: interrupted, state saved."""
-    from dist_train.guard.interrupt import EXIT_INTERRUPTED, before_training, launcher_watched
+    from dist_train.guard.interrupt import before_training, launcher_watched
 
     before_training()
     with launcher_watched():
         config = load_words(arguments, say)
         from dist_train.train import fit
 
-    result = fit(config, allow_changes=allow_changes, started=BEGAN)
+    _tell_end(fit(config, allow_changes=allow_changes, started=BEGAN))
+
+
+@app.command()
+def launch(
+    arguments: Configs,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; on GPUs one for each.")],
+    max_restarts: Annotated[int, typer.Option(min=0, help="How many deaths of processes are mended.")] = 10,
+    spare: Annotated[
+        bool, typer.Option("--spare/--no-spare", help="Keep one more, which has read the data, in reserve.")
+    ] = True,
+    allow_changes: AllowChanges = False,
+) -> None:
+    """Train on several processes of this machine, and replace those that are killed."""
+    from dist_train.guard.interrupt import before_training
+
+    before_training()
+    config = load_words(arguments, say)
+    from dist_train import train as training
+    from dist_train.cluster import board
+    from dist_train.launch import Plan, launch
+
+    kept = training.Kept()
+    plan = Plan(nproc, max_restarts, (lambda: kept.prepare(config)) if spare else None)
+    if (code := launch(plan)) is not None:
+        sys.exit(code)
+    started = time.monotonic() if board.is_restart() else BEGAN
+    _tell_end(training.run(config, training.Given(allow_changes=allow_changes), kept, started))
+
+
+def _tell_end(result: Result) -> None:
+    """Says how a training has ended, and ends the process so."""
+    from dist_train.guard.interrupt import EXIT_INTERRUPTED
+
     if is_main():
         from dist_train.record.terminal import describe
 

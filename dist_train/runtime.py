@@ -23,7 +23,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from dist_train.cluster import slurm
+from dist_train.cluster import board, slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError, counted
 from dist_train.tree import sum_over_ranks, tree_sum
@@ -141,7 +141,7 @@ def start(config: Config) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     timeout = timedelta(seconds=config.timeout_seconds)
-    if world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+    if world_size > 1 and (board.current or "TORCHELASTIC_RUN_ID" in os.environ):
         _meet("nccl" if device == "cuda" else "gloo", timeout)
     accelerator = Accelerator(
         cpu=device == "cpu",
@@ -191,7 +191,7 @@ def _check_meeting(world_size: int) -> None:
 def _meet(backend: str, timeout: timedelta) -> None:
     """Joins the process group among the ranks of this very attempt.
 
-    torchrun keeps one store over all its restarts, and torch reads the addresses of the others there, also
+    A launcher keeps one store over all its restarts, and torch reads the addresses of the others there, also
     those of dead ones, for which it would wait until the timeout.
     """
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))

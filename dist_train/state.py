@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import checkpoint
+from dist_train.checkpoint.memory import Memory
+from dist_train.checkpoint.snapshot import to_cpu
+from dist_train.cluster import board
 from dist_train.config import Config, UserError, changes, completed, counted, to_mapping
 from dist_train.data import Data
 from dist_train.learner import Learner
@@ -58,7 +61,11 @@ def choose(config: Config, warn: Any) -> Path | None:
     """
     folder = config.run_dir / "checkpoints"
     existing = checkpoint.newest_first(folder)
-    if config.resume == "never" and (existing or (config.run_dir / "metrics.jsonl").exists()):
+    if (
+        config.resume == "never"
+        and not board.is_restart()
+        and (existing or (config.run_dir / "metrics.jsonl").exists())
+    ):
         raise UserError(f"resume: the run {config.run_dir} exists; choose another run.name.")
     if existing:
         good = checkpoint.newest_good(folder, warn)
@@ -135,6 +142,14 @@ def restore(config: Config, path: Path, state: State, allow_changes: bool = Fals
             f" {config.train.batch_size}"
         )
     return notes + (_share_parts(config, saved, state.learner) if own else [])
+
+
+def restore_copy(memory: Memory, state: State) -> list[str]:
+    """Fills `state` from the copy in memory; returns notes for the user."""
+    saved = to_cpu(memory.state)  # the optimizer takes tensors for its own
+    fill(saved, state, "the copy in memory")
+    state.learner.set_parts(saved["parts"])
+    return [f"going on from the copy of the state in memory (step {state.step:,})"]
 
 
 def fill(saved: dict[str, Any], state: State, where: str) -> None:

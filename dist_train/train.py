@@ -16,7 +16,9 @@ from torch import nn
 
 from dist_train import checkpoint, data, optim, runtime, tasks
 from dist_train import state as states
+from dist_train.checkpoint.memory import Memory
 from dist_train.checkpoint.snapshot import unreadable
+from dist_train.cluster import board
 from dist_train.config import (
     Config,
     RunError,
@@ -55,10 +57,24 @@ class Result:
 class Given:
     """What a program gave instead of what the configuration names."""
 
-    model: nn.Module | None
-    train_data: Any
-    eval_data: Any
-    task: Any
+    model: nn.Module | None = None
+    train_data: Any = None
+    eval_data: Any = None
+    task: Any = None
+    on_row: Callable[[dict[str, Any]], Any] | None = None
+    allow_changes: bool = False
+
+
+@dataclass
+class Kept:
+    """What a process keeps from one attempt to the next, when another rank has died and is replaced."""
+
+    data: data.Data | None = None
+    memory: Memory | None = None  # None where the state of a dead rank is nobody else's
+
+    def prepare(self, config: Config) -> None:
+        """Does what can be done before it is known which rank this process will be."""
+        self.data = data.build(config, None, None)
 
 
 def fit(
@@ -90,30 +106,42 @@ def fit(
     elif not isinstance(config, Config):
         config = load([config])
     config = with_given(config, model=model, data=train_data, task=task)
-    given = Given(model, train_data, eval_data, task)
-    with Guard(config, started or time.monotonic()) as guard:
-        ranks = runtime.start(config)
-        try:
-            return _fit(config, ranks, guard, given, on_row, allow_changes)
-        except (UserError, RunError) as error:
-            runtime.let_go(error)
-            raise
-        finally:
-            guard.release()
-            runtime.stop(ranks.accelerator)
+    given = Given(model, train_data, eval_data, task, on_row, allow_changes)
+    return run(config, given, Kept(), started or time.monotonic())
 
 
-def _fit(
-    config: Config,
-    ranks: Runtime,
-    guard: Guard,
-    given: Given,
-    on_row: Callable[[dict[str, Any]], Any] | None,
-    allow_changes: bool,
-) -> Result:
+def run(config: Config, given: Given, kept: Kept, started: float) -> Result:
+    """Trains as `fit` does, in as many attempts as it takes when other ranks die and are replaced."""
+    with Guard(config, started) as guard:
+        while True:
+            try:
+                return _meet_and_fit(config, given, kept, guard)
+            except RuntimeError as error:
+                if not guard.lost_another(error):
+                    raise
+                runtime.let_go(error)
+                guard.meet_anew()
+
+
+def _meet_and_fit(config: Config, given: Given, kept: Kept, guard: Guard) -> Result:
+    """One attempt, from meeting the other ranks to leaving them."""
+    ranks = runtime.start(config)
+    try:
+        if board.current and _can_be_replaced(config, ranks):
+            kept.memory = kept.memory or Memory()
+        return _fit(config, ranks, guard, given, kept)
+    except (UserError, RunError) as error:
+        runtime.let_go(error)
+        raise
+    finally:
+        guard.release()
+        runtime.stop(ranks.accelerator)
+
+
+def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept) -> Result:
     """Builds everything, restores the state, trains, and says how it ended."""
     notes: list[str] = []
-    config, job, task = _prepare(config, ranks, given)
+    config, job, task = _prepare(config, ranks, given, kept)
     learner = Learner(config, ranks, job.data, task, given.model)
     state = State(learner)
     with ranks.together():
@@ -121,9 +149,11 @@ def _fit(
         existing = checkpoint.newest_first(config.run_dir / "checkpoints")
         start = states.choose(config, notes.append) if ranks.is_main else None
     start = ranks.from_main(start)
+    if kept.memory:
+        kept.memory.share(ranks)
     with ranks.together():
+        notes += _restore(config, start, state, kept, given.allow_changes)
         if start:
-            notes += states.restore(config, start, state, allow_changes)
             _check_length(config, start, learner.step, job.total)
         # Refuses a batch that can't be cut so, before anything is touched.
         part_size(config.train.batch_size, learner.parts, ranks.world_size, config.train.accumulate)
@@ -145,19 +175,20 @@ def _fit(
             newest = states.choose(config, notes.append)  # another attempt has saved it meanwhile
     newest = ranks.from_main(newest)
     with ranks.together():
-        if newest and newest != start:
-            notes += states.restore(config, newest, state, allow_changes)
+        if newest != start:
+            notes += _restore(config, newest, state, kept, given.allow_changes)
         state.best_by = state.best_by or task.best
         try:
             _write_config(config, ranks)
             begin = Begin(learner.step, job.total, ranks.world_size, learner.parts)
-            record = Record(config, begin, guard.started, ranks.is_main, on_row)
+            record = Record(config, begin, guard.started, ranks.is_main, given.on_row)
             saver = _open(job, state, by, record, [*_describe(job, learner), *notes])
+            saver.memory = kept.memory
         except OSError as error:
             raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
     state.best, state.best_step = ranks.from_main((saver.best, saver.best_step))
     state.best_by = by
-    guard.watch(ranks, record.fail if ranks.is_main else None)
+    guard.watch(ranks, record.fail if ranks.is_main else None, can_meet_anew=kept.memory is not None)
     end = _attempt(job, state, record, saver, guard)
     ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
     return Result(config.run_dir, end, learner.step, state.metrics, best.named(state.best))
@@ -181,22 +212,39 @@ def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoin
         guard.end_watch()
         if reason := guard.hang:  # a rank that hung has died, and this one has met with that
             raise RunError(reason) from error
+        if guard.lost_another(error):
+            end = "running"  # there is a next attempt at once
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise
     finally:
         guard.end_watch()
-        if end == "failed":
+        if end in ("failed", "running"):
             saver.close()
         record.close(end, state.step, state.learner.skipped, reason)
     return end
 
 
-def _prepare(config: Config, ranks: Runtime, given: Given) -> tuple[Config, Job, Task]:
+def _can_be_replaced(config: Config, ranks: Runtime) -> bool:
+    """Whether a rank's death leaves the others what they need: the whole state, and a device that works."""
+    is_whole = config.parallel.name == "ddp" and not config.checkpoint.sharded
+    return is_whole and ranks.device.type == "cpu" and ranks.world_size > 1
+
+
+def _restore(config: Config, file: Path | None, state: State, kept: Kept, allow_changes: bool) -> list[str]:
+    """Fills `state` from a file or the copy in memory, whichever is newer; returns notes for the user."""
+    is_own = file is not None and file.parent.resolve() == (config.run_dir / "checkpoints").resolve()
+    if kept.memory and kept.memory.step >= (checkpoint.step_of(file) if file and is_own else 0):
+        return states.restore_copy(kept.memory, state)
+    return states.restore(config, file, state, allow_changes) if file else []
+
+
+def _prepare(config: Config, ranks: Runtime, given: Given, kept: Kept) -> tuple[Config, Job, Task]:
     """What is to be done, on all ranks; and the configuration that says whose data that is."""
     with ranks.together():
         task = tasks.build(config) if given.task is None else tasks.complete(given.task)
         with ranks.main_of_node_first():
-            sets = data.build(config, given.train_data, given.eval_data)
+            sets = kept.data or data.build(config, given.train_data, given.eval_data)
+        kept.data = sets
         if given.eval_data is not None and given.train_data is None:
             both = f"{config.data.name} and {given_name(given.eval_data)}"
             config = replace(config, data=replace(config.data, name=both))
@@ -220,8 +268,8 @@ def _open(job: Job, state: State, by: str, record: Record, notes: list[str]) -> 
     record.mirror(config)
     if job.ranks.is_main:
         best, best_step = states.best_so_far(config, state, by, record.say)
-        if checkpoint.newest_first(saver.folder):  # else the state is that of another run, or the first
-            saver.go_on(state.step, best, best_step)
+        if files := checkpoint.newest_first(saver.folder):  # else the state is of another run, or the first
+            saver.go_on(min(state.step, checkpoint.step_of(files[0])), best, best_step)
     return saver
 
 

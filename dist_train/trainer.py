@@ -57,6 +57,7 @@ class Agreed(NamedTuple):
 
     stop: bool
     save: bool
+    copy: bool
 
 
 class Trainer:
@@ -108,6 +109,8 @@ class Trainer:
             stop = agreed.stop or (due.eval and not self.evaluate())  # the next attempt repeats it
             if due.save or agreed.save or stop or self.best.improves(self.state.metrics, self.state.best):
                 self.save()
+            elif agreed.copy:
+                self.copy()
             self.record.running(learner.step, learner.skipped, self.best.named(self.state.best))
             if stop:
                 break
@@ -152,10 +155,13 @@ class Trainer:
         step, ranks = self.learner.step, self.ranks
         self.guard.beat(step, "waiting for other ranks")
         timed = ranks.is_main and 0 < self.seconds_to_save() < time.monotonic() - self.saved_at
-        stop, save, gone, seconds, unread = self.window.meet(
+        every = min(MEET_SECONDS, self.saver.copy_seconds) if ranks.is_main else 0.0
+        stop, save, copy, gone, every, seconds, unread = self.window.meet(
             self.guard.asked or self.saver.is_broken,
             timed,
+            ranks.is_main and self.saver.is_copy_due(),
             ranks.is_main and not self.config.run_dir.exists(),
+            every,
             self.clock.seconds_per_step,
             len(self.unread),
         )
@@ -167,12 +173,12 @@ class Trainer:
         ago = self.window.first_nonfinite()
         if self.config.on_nonfinite == "stop" and ago is not None:
             self.fail_nonfinite(step - ago, "its loss is not finite")
-        pace = ranks.world_size * MEET_SECONDS / seconds if seconds else 1  # after step 1 it isn't known
+        pace = ranks.world_size * every / seconds if seconds else 1  # after step 1 it isn't known
         self.meet_at = step + max(1, min(self.config.log.every, int(pace)))
         if unread:
             self.record.bad_samples([item for items in ranks.gather(self.unread) for item in items])
             self.unread.clear()
-        return Agreed(bool(stop), bool(save))
+        return Agreed(bool(stop), bool(save), bool(copy))
 
     def log(self, step: Step) -> None:
         """Records a row of the steps since the last one."""
@@ -217,6 +223,13 @@ class Trainer:
             saver.save(states.to_dict(self.config, state, self.job.data))
         self.saved_at = time.monotonic()
         return True
+
+    def copy(self) -> None:
+        """Copies the state to memory: from there ranks go on when one of them has died and is replaced."""
+        if memory := self.saver.memory:
+            with self.clock.excluded("saving"):
+                self.state.window = self.window.values
+                memory.take(lambda: states.to_dict(self.config, self.state, self.job.data))
 
     def seconds_to_save(self) -> float:
         """After how many seconds a save is due, or 0 for never."""

@@ -15,6 +15,7 @@ LAYERS = """
     __main__
     cli
     tools
+    launch
     train
     predict
     trainer

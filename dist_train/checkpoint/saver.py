@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dist_train.checkpoint.files import delete, point, write_atomically
+from dist_train.checkpoint.memory import Memory
 from dist_train.checkpoint.snapshot import is_finite, to_cpu, unreadable
 from dist_train.checkpoint.stored import (
     LINKS,
@@ -42,6 +43,7 @@ class Checkpoints:
     """
 
     suffix = ".pt"
+    memory: Memory | None = None  # where this rank also keeps a copy
 
     def __init__(self, run: Path, keep: int, say: Callable[[str], None], is_on: bool = True) -> None:
         self.folder, self.keep, self._say, self.is_on = run / "checkpoints", keep, say, is_on
@@ -60,7 +62,7 @@ class Checkpoints:
         self._writes = is_on
 
     def go_on(self, step: int, best: float | None, best_step: int | None) -> None:
-        """Begins with the checkpoint of `step`, which is whole, and the best of those that are there."""
+        """Begins with the newest checkpoint, of `step`, which is whole, and the best of those there."""
         self.best, self.best_step = best, best_step
         known = {path_of(self.folder, number).name for number in (step, best_step) if number is not None}
         self._whole = dict.fromkeys(known, True)
@@ -85,6 +87,16 @@ class Checkpoints:
         )
         self._writer.start()
         self.stall_seconds.append(time.monotonic() - begin)
+
+    @property
+    def copy_seconds(self) -> float:
+        """From copy to copy in memory."""
+        return self.memory.every if self.memory else math.inf
+
+    def is_copy_due(self) -> bool:
+        """Whether to copy the state to memory; not while a save is in flight, which may come to nothing."""
+        is_writing = self._writer is not None and self._writer.is_alive()
+        return self.memory is not None and self.memory.is_due() and not is_writing
 
     def wait(self) -> str:
         """Waits until the save in flight is durable; returns why it failed, or nothing."""

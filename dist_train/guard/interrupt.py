@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from dist_train.cluster import board
+
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: try again
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
 LOOK_SECONDS = 1.0  # how often the launcher is looked for
@@ -52,6 +54,8 @@ class Interrupt:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not in the main thread
                 break
+        if board.current:  # the launcher has held them back until here
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -103,7 +107,7 @@ def launcher_watched(gone: Callable[[], None] = end_as_interrupted) -> Iterator[
             if os.getppid() != launcher:
                 gone()
 
-    if was_launched(os.environ):
+    if board.current or was_launched(os.environ):
         threading.Thread(target=look, name="launcher", daemon=True).start()
     try:
         yield

@@ -35,7 +35,7 @@ class Lock:
     def check(self, say: Callable[[str], None]) -> None:
         """Waits until nobody holds the lock; touches nothing. Raises UserError if a living attempt does."""
         holder = read(self.path)
-        if holder is None or is_gone(holder):
+        if holder is None or holder.get("token") == self.token or is_gone(holder):
             return
         what = f"{self.path.parent}: {_named(holder)}"
         if _on_this_host(holder):
@@ -52,6 +52,8 @@ class Lock:
 
     def acquire(self, say: Callable[[str], None]) -> None:
         """Takes the lock. Raises UserError if another attempt has it."""
+        if self.is_ours():
+            return
         self.check(say)
         mine = self.path.with_name(f"lock.{self.token}")
         mine.write_text(json.dumps(_myself(self.token)) + "\n", encoding="utf-8")
