@@ -19,9 +19,13 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from torch.distributed import TCPStore
+
+import dist_train.train  # noqa: F401 # with all that it imports, before the first fork
 from dist_train.cluster import board as boards
 from dist_train.cluster.board import Board
 from dist_train.guard.interrupt import SIGNALS
+from dist_train.runtime import allowed_cpus
 
 FORWARDED = {getattr(signal, name) for name in SIGNALS}
 WATCHED = FORWARDED | {signal.SIGCHLD, signal.SIGALRM}
@@ -43,10 +47,6 @@ def launch(plan: Plan) -> int | None:
     In the launcher: the exit code, of the first rank that ended otherwise than with 0. In a rank: None; its
     environment tells which one it is.
     """
-    import torch.distributed  # noqa: F401 # before the first fork
-
-    import dist_train.train  # noqa: F401
-
     boards.current = Board(plan.processes)
     # Until a rank has its own handlers, and in the launcher always, signals wait to be asked for.
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
@@ -102,6 +102,8 @@ class Launcher:
         world = {"WORLD_SIZE": self.plan.processes, "LOCAL_WORLD_SIZE": self.plan.processes}
         os.environ.update({name: str(value) for name, value in (local | world).items()})
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torch's word for a store that no rank keeps
+        # Else Accelerate warns, and sets a number of its own.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, allowed_cpus() // self.plan.processes)))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, signal.SIGALRM})
         return True
 
@@ -186,8 +188,6 @@ def _start_store(launcher: int) -> tuple[int, int]:
 
     It is a process of its own since a store has threads.
     """
-    from torch.distributed import TCPStore
-
     reads, writes = os.pipe()
     if pid := os.fork():
         os.close(writes)

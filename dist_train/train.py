@@ -36,6 +36,7 @@ from dist_train.meters import Best
 from dist_train.parts import keeps_bits, part_size
 from dist_train.record.history import read_status
 from dist_train.record.record import Begin, Record
+from dist_train.record.wandb import Mirror
 from dist_train.runtime import Runtime
 from dist_train.state import State
 from dist_train.tasks import Task
@@ -71,6 +72,7 @@ class Kept:
 
     data: data.Data | None = None
     memory: Memory | None = None  # None where the state of a dead rank is nobody else's
+    mirror: Mirror | None = None
 
     def prepare(self, config: Config) -> None:
         """Does what can be done before it is known which rank this process will be."""
@@ -183,7 +185,8 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
             begin = Begin(learner.step, job.total, ranks.world_size, learner.parts)
             record = Record(config, begin, guard.started, ranks.is_main, given.on_row)
             saver = _open(job, state, by, record, [*_describe(job, learner), *notes])
-            saver.memory = kept.memory
+            record.mirror(config, kept.mirror)
+            saver.memory, kept.mirror = kept.memory, record.mirrored
         except OSError as error:
             raise UserError(f"run.dir: {config.run_dir} can't be written: {error.strerror}.") from None
     state.best, state.best_step = ranks.from_main((saver.best, saver.best_step))
@@ -265,7 +268,6 @@ def _open(job: Job, state: State, by: str, record: Record, notes: list[str]) -> 
     saver = _saver(config, job.ranks, record)
     for note in notes:
         record.say(note)
-    record.mirror(config)
     if job.ranks.is_main:
         best, best_step = states.best_so_far(config, state, by, record.say)
         if files := checkpoint.newest_first(saver.folder):  # else the state is of another run, or the first

@@ -68,7 +68,7 @@ class Record:
         self._speed: float | None = None
         self._evaluated: dict[str, float] = before.get("metrics") or {}
         self.best: dict[str, float] = before.get("best") or {}
-        self._mirror: Mirror | None = None
+        self.mirrored: Mirror | None = None
         self._status_at = -math.inf
         if not self.is_on:
             return
@@ -114,8 +114,8 @@ class Record:
             self._evaluated = {name: _finite(value) for name, value in values.items()}
         self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
-        if self._mirror:
-            self._mirror.rows.put(row)
+        if self.mirrored:
+            self.mirrored.rows.put(row)
         return self.on_row is None or self.on_row(dict(row)) is not False
 
     def move(self, step: int) -> None:
@@ -128,10 +128,14 @@ class Record:
         self.skipped, self.best = skipped, best
         self.status("running", step)
 
-    def mirror(self, config: Config) -> None:
-        """Gives Weights & Biases every row to come, unless the configuration says otherwise."""
+    def mirror(self, config: Config, earlier: Mirror | None = None) -> None:
+        """Gives Weights & Biases every row to come, unless the configuration says otherwise.
+
+        Args:
+            earlier: the mirror of an attempt of this process that ended as `running`; it goes on.
+        """
         if self.is_on and config.wandb.mode != "disabled":
-            self._mirror = Mirror(config, self.say)
+            self.mirrored = earlier or Mirror(config, self.say)
 
     def flush(self) -> None:
         """Writes rows that had no room until now: ahead of a checkpoint, which takes them for written."""
@@ -202,7 +206,7 @@ class Record:
         self.say(reason)
 
     def close(self, state: str, step: int, skipped: int, reason: str = "") -> None:
-        """Ends the attempt's record."""
+        """Ends the attempt's record; as `running` where another one of this process follows."""
         if not self.is_on:
             return
         self.skipped = skipped
@@ -210,11 +214,11 @@ class Record:
         if self.attempt > 1 or (self.seconds >= LONG_SECONDS and self.account.goodput(self.seconds) < 0.9):
             self.say(self.account.in_words(self.seconds, self.attempt))
         self.progress.close()
-        if self._mirror:
+        if self.mirrored and state != "running":  # else the next attempt of this process has it
             seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
             counts = {"attempts": self.attempt, "lost_steps": self.account.lost_steps}
             summary = {"goodput": self.account.goodput(self.seconds), **counts, **seconds}
-            self._mirror.close(state == "failed", summary)
+            self.mirrored.close(state == "failed", summary)
         for lines in (self._metrics, self._log, self._bad):
             lines.close()
 
