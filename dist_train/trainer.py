@@ -78,8 +78,7 @@ class Trainer:
         )
         parts, start = self.learner.parts, self.learner.step
         self.eval_batches = job.data.eval_loader(config, ranks, parts)
-        loader = job.data.train_loader(config, ranks, start, job.total, parts)
-        self.feed = data.Feed(iter(loader), ranks.device, config.channels_last)
+        self.feed = job.data.train_feed(config, ranks, start, job.total, parts)
         self.batches: Iterator[data.Batch] = self.feed
         if config.log.batches:
             attempt = ranks.from_main(record.attempt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dist_train.data.draws import uniform
+from dist_train.data.draws import beta, uniform
 
 INDICES = np.arange(50_000)
 
@@ -35,3 +35,15 @@ def test_draws_look_like_chance() -> None:
         assert abs(bins - 1000).max() < 6 * 1000**0.5
     related = np.corrcoef(np.concatenate([columns, np.roll(columns, 1, axis=1)])) - np.eye(32)
     assert abs(related).max() < 6 / 50_000**0.5
+
+
+def test_shares_are_spread_as_the_beta_distribution_has_them() -> None:
+    drawn = (np.arange(2000) + 0.5) / 2000
+    assert np.allclose(beta(1.0, drawn), drawn, atol=1e-12)
+    assert np.allclose(beta(0.5, drawn), np.sin(np.pi / 2 * drawn) ** 2, atol=1e-6)  # the arcsine's law
+    cubic = beta(2.0, drawn)
+    assert np.allclose(3 * cubic**2 - 2 * cubic**3, drawn, atol=1e-6)
+    for alpha in (0.05, 0.2, 0.4, 0.8, 1.5, 8.0, 100.0):
+        values = beta(alpha, drawn)
+        assert (np.diff(values) >= 0).all() and np.allclose(values + values[::-1], 1)
+        assert abs(values.var() * 4 * (2 * alpha + 1) - 1) < 0.01

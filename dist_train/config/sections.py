@@ -30,7 +30,8 @@ class DataConfig:
     train_transform: list[Any] | None = option(
         None,
         "Transforms of a training image, random ones among them: names of torchvision.transforms.v2, "
-        "`Name: {argument: value}`, or `package.module:object`. null: the same as eval_transform.",
+        "`Name: {argument: value}`, or `package.module:object`. ColorJitter, RandomErasing, MixUp and CutMix "
+        "at the end are done to whole batches on the device (images.md). null: the same as eval_transform.",
     )
     eval_transform: list[Any] = option([], "Transforms of an image in evaluation and prediction.")
     mean: list[float] = option([], "Mean of each channel (of values from 0 to 1), subtracted; empty: none.")

@@ -6,6 +6,7 @@
     labels.py      what a label may be            loader.py      fetching batches ahead of time
     draws.py       random numbers of a batch      feed.py        batches on their way to the device
     geometry.py    crops, flips and sizes         decode.py      JPEGs to pixels
+    augment.py     what is done to batches there
 
 `build` is the face of the package.
 """
@@ -22,6 +23,7 @@ import torch
 from torch.utils.data import IterableDataset, Subset
 
 from dist_train.config import Config, UserError
+from dist_train.data.augment import Augment, split
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.labels import Labels
@@ -47,6 +49,7 @@ __all__ = [
     "eval_transform",
     "first_batch",
     "recorded",
+    "train_transforms",
 ]
 
 
@@ -93,6 +96,13 @@ class Data:
         order = self.order(config)
         sampler = DistributedSampler(order, range(start, stop), parts, runtime.rank, runtime.world_size)
         return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
+
+    def train_feed(
+        self, config: Config, runtime: Runtime, start: int, stop: int, parts: int | None = None
+    ) -> Feed:
+        """The same on the device, as the model sees them."""
+        loader = self.train_loader(config, runtime, start, stop, parts)
+        return Feed(iter(loader), runtime.device, config.channels_last, self.train.augment)
 
     def eval_loader(self, config: Config, runtime: Runtime, parts: int | None = None) -> Iterable[Batch]:
         """This rank's share of the eval set, each sample once."""
@@ -153,6 +163,10 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     skip = options.on_bad_sample == "skip"
     train = Samples(train_data, training, labels, config.seed, "replace" if skip else "stop")
     evaluation = Samples(eval_data, evaluating, labels, config.seed, "leave out" if skip else "stop")
+    if batched := train_transforms(config)[1]:
+        assert training is not None
+        train.augment = Augment(batched, config.seed, len(classes), training.mean, training.std)
+        notes.append(f"{', '.join(name for name, _ in batched)}: done to whole batches, on the device")
     train.check_labels("training")
     evaluation.check_labels("evaluation")
     read = Samples.readable if skip else Samples.sample
@@ -164,9 +178,10 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
 
 
 def first_batch(samples: Samples) -> Batch:
-    """The first sample that can be read, twice, as a batch has it."""
+    """The first sample that can be read, twice, as the model gets it in a batch."""
     parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
-    return next(batch for part in parts for batch in samples.batches([part]) if batch.rows)
+    batch = next(batch for part in parts for batch in samples.batches([part]) if batch.rows)
+    return samples.augment(batch) if samples.augment else batch
 
 
 def _bytes(size: int, shape: tuple[int, ...]) -> int:
@@ -189,7 +204,7 @@ def _transforms(config: Config, is_images: bool) -> tuple[ImageTransform | None,
         evaluating = eval_transform(config)
         if options.train_transform is None:
             return evaluating, evaluating
-        return ImageTransform(options.train_transform, options.mean, options.std), evaluating
+        return ImageTransform(train_transforms(config)[0], options.mean, options.std), evaluating
     for name in ("train_transform", "eval_transform", "mean", "std"):
         if getattr(options, name):
             raise UserError(
@@ -197,6 +212,14 @@ def _transforms(config: Config, is_images: bool) -> tuple[ImageTransform | None,
                 " leave it out."
             )
     return None, None
+
+
+def train_transforms(config: Config) -> tuple[list[Any], list[tuple[str, Any]]]:
+    """The transforms of single training images, and of whole batches on the device."""
+    options = config.data
+    if options.train_transform is None:
+        return options.eval_transform, []
+    return split(options.train_transform, config.task.name == "classification", "data.train_transform")
 
 
 def eval_transform(config: Config) -> ImageTransform:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -16,10 +16,19 @@ class Feed:
 
     To a GPU they are copied in a stream of its own, one batch ahead of what it computes: into the memory of
     the batch before the last, so that two of them are there, however far the loop is ahead.
+
+    Args:
+        change: what is done to each batch there.
     """
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device, channels_last: bool = False) -> None:
-        self.batches, self.device, self.channels_last = batches, device, channels_last
+    def __init__(
+        self,
+        batches: Iterator[Batch],
+        device: torch.device,
+        channels_last: bool = False,
+        change: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        self.batches, self.device, self.channels_last, self.change = batches, device, channels_last, change
         self._side = _side(device) if device.type == "cuda" else None
         self._last: list[tuple[torch.cuda.Event, Batch]] = []  # when what came before was done; two at most
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -33,7 +42,7 @@ class Feed:
         asked = time.perf_counter()
         batch = self._copied(self._side) if self._side else self._moved()
         self._seconds += time.perf_counter() - asked
-        return batch
+        return self.change(batch) if self.change else batch
 
     def waited(self) -> tuple[float, float]:
         """Seconds since the last call that the loop waited for data, and that the device did.

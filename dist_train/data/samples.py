@@ -7,7 +7,7 @@ by numbers that are drawn for each, where reading and transforms are ours; other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -44,6 +44,7 @@ class Samples(Dataset[Any]):
         self.source, self.transform, self.labels = View(source), transform, labels
         self.seed, self.on_bad = seed, on_bad
         self.checked = False  # whether all labels were found to be right
+        self.augment: Callable[[Batch], Batch] | None = None  # what is done to its batches on the device
 
     def __len__(self) -> int:
         return len(self.source)

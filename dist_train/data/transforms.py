@@ -44,7 +44,7 @@ class ImageTransform:
         where: str = "data.train_transform",
     ) -> None:
         self.where = where
-        built = [_build(name, f"{where}[{position}]") for position, name in enumerate(names)]
+        built = [build(name, f"{where}[{position}]") for position, name in enumerate(names)]
         self.names = [name for _, name in built]
         self.steps = [step for step, _ in built]
         self.ours = all(name for _, name in built)  # only v2's, which draw from torch alone
@@ -250,19 +250,11 @@ def target_transform(name: str | None, classes: int) -> Callable[[Any], Any] | N
     )
 
 
-def _build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
+def build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
     """The transform, and its name if it is one of torchvision's."""
     if callable(name):
         return name, ""
-    args: Any = {}
-    if isinstance(name, dict) and len(name) == 1:
-        name, args = next(iter(name.items()))
-    if not isinstance(name, str):
-        raise UserError(f"{where}: write a transform as `Name` or `Name: {{argument: value}}`.")
-    if args is None:
-        args = {}
-    if not isinstance(args, dict):
-        raise UserError(f"{where}.{name}: arguments are `argument: value` pairs, not {args!r}.")
+    name, args = parsed(name, where)
     if ":" in name:
         target = import_object(name, where)
         # A class or a factory is called with the arguments; a plain function is the transform.
@@ -273,8 +265,22 @@ def _build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
     if name not in known or name == "Transform":
         raise UserError(f"{where}: torchvision.transforms.v2 has no '{name}'{nearest(name, known)}.")
     if name in ("CutMix", "MixUp"):
-        raise UserError(f"{where}: {name} mixes several samples; it can't be applied to each alone.")
+        raise UserError(f"{where}: {name} mixes samples; it stands once, at the end of data.train_transform.")
     return construct(getattr(v2, name), _filling(getattr(v2, name), args), f"{where}.{name}"), name
+
+
+def parsed(name: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of what is written as `Name` or `Name: {argument: value}`."""
+    args: Any = {}
+    if isinstance(name, dict) and len(name) == 1:
+        name, args = next(iter(name.items()))
+    if not isinstance(name, str):
+        raise UserError(f"{where}: write a transform as `Name` or `Name: {{argument: value}}`.")
+    if args is None:
+        args = {}
+    if not isinstance(args, dict):
+        raise UserError(f"{where}.{name}: arguments are `argument: value` pairs, not {args!r}.")
+    return name, args
 
 
 def _filling(cls: type, args: dict[str, Any]) -> dict[str, Any]:

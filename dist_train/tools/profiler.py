@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from dist_train import data, flops, optim, runtime, tasks
 from dist_train.config import Config, UserError, counted
+from dist_train.data.loader import workers
 from dist_train.learner import Learner
 from dist_train.runtime import Runtime
 
@@ -65,7 +66,7 @@ def profile(config: Config, steps: int = 20, trace: Path | None = None) -> Profi
             if ranks.is_main and trace:
                 _check(trace)
         job = Job(config, ranks)
-        job.train(WARM_UP + getattr(job.loader, "num_workers", 0))
+        job.train(WARM_UP + job.workers)
         job.watch.marks.clear()
         job.samples = 0
         job.watch.mark("other")
@@ -129,13 +130,13 @@ class Job:
             self.total = sets.total_steps(config)
             self.schedule = optim.schedule(config, self.total, sets.steps_per_epoch(config))
         self.learner = Learner(config, ranks, sets, task)
-        self.loader = sets.train_loader(config, ranks, 0, 2**31, self.learner.parts)
+        self.workers = workers(sets.train, config, ranks)
         self.samples = 0
         self.flops = None
         if not self.learner.parallel.is_collective:  # else the layers are spread by now
             self.flops = flops.of_training(self.learner.model, data.first_batch(sets.train).inputs)
         self.watch = watch = Stopwatch(ranks.device)
-        feed = data.Feed(iter(self.loader), ranks.device, config.channels_last)
+        feed = sets.train_feed(config, ranks, 0, 2**31, self.learner.parts)
         self.fetch = watch.watched("data", feed.__next__)
         task.losses = watch.watched("forward", task.losses)  # type: ignore[method-assign]
         self.learner.backward = watch.watched("backward", self.learner.backward)

@@ -7,9 +7,9 @@ N ranks did with M micro-batches each, one process does with N x M, by the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from dist_train.tree import tree_sum
 
 COLUMNS = 8
 MOST_NUMBERS = 100  # of a target that is shown
+MOST_CLASSES = 4  # in a mixture that is shown by their names
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
             "channels_last", "deterministic", "threads", "on_nonfinite", "max_skips")  # fmt: skip
 
@@ -137,10 +138,10 @@ def _steps(
     if saved:
         states.fill(saved, state, str(config.run_dir))
     schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-    batches = iter(sets.train_loader(config, ranks, learner.step, stop, learner.parts))
+    feed = sets.train_feed(config, ranks, learner.step, stop, learner.parts)
     while learner.step < stop - 1:
-        learner.train_step(_parts(batches, learner), schedule(learner.step))
-    parts = list(_parts(batches, learner))
+        learner.train_step(islice(feed, learner.per_rank), schedule(learner.step))
+    parts = list(islice(feed, learner.per_rank))
     done = learner.train_step(parts, schedule(learner.step), with_norm=True)
     names = [name for name, weight in learner.model.named_parameters() if weight.requires_grad]
     norms = [float(torch.linalg.vector_norm(rows)) for rows in done.row_norms]
@@ -154,12 +155,6 @@ def _steps(
     weight, summed = tree_sum([wide(sums) for sums in done.sums])[:2].tolist()
     loss = summed / weight if weight else math.nan
     return Replayed("", samples, loss, gradients), states.to_dict(config, state, sets)
-
-
-def _parts(batches: Iterator[data.Batch], learner: Learner) -> Iterator[data.Batch]:
-    """The parts of the next step."""
-    for _ in range(learner.per_rank):
-        yield next(batches).to(learner.ranks.device, learner.config.channels_last)
 
 
 def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
@@ -200,10 +195,16 @@ def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) ->
 
 def _label(target: Any, classes: list[str]) -> str:
     """A target in a word: the name of a class, numbers, or nothing for what is too long."""
-    if not isinstance(target, torch.Tensor) or target.numel() > MOST_NUMBERS:
+    if not isinstance(target, torch.Tensor):
         return ""
     if classes and target.ndim == 0:
         return classes[int(target)]
+    if target.is_floating_point() and target.shape == (len(classes),):  # a class, or a mixture of them
+        parts = [(share, name) for share, name in zip(target.tolist(), classes, strict=True) if share]
+        if len(parts) <= MOST_CLASSES:
+            return " + ".join(name if share == 1 else f"{share:.2g} {name}" for share, name in parts)
+    if target.numel() > MOST_NUMBERS:
+        return ""
     return str(target.tolist())
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torchvision.tv_tensors import Mask
 
 from dist_train import data
 from dist_train.config import Config, UserError
 from dist_train.data.masks import painted
+from dist_train.data.order import Part
+from dist_train.data.samples import Samples
 from dist_train.data.transforms import ImageTransform
 from dist_train.tools.pictures import Cell, write_grid
 
@@ -22,15 +25,16 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
     sets = data.build(config)
     if (transform := sets.train.transform) is None:
         raise UserError(f"data: the inputs of '{config.data.name}' are no images, so they can't be drawn.")
-    indices = sets.order(config).positions(0)[:count].tolist()
+    indices = sets.order(config).positions(0)[:count]
+    final = _transformed(sets.train, indices)
     plain = ImageTransform()
     rows: list[list[Cell]] = []
     for first in range(0, len(indices), COLUMNS):
         read: list[list[Cell]] = []  # of each sample the image, and its mask if it has one
         seen: list[list[Cell]] = []
-        for index in indices[first : first + COLUMNS]:
-            image, label = sets.train.pair(index)
-            transformed, target = sets.train.sample(index, epoch=0)
+        for place in range(first, min(first + COLUMNS, len(indices))):
+            image, label = sets.train.pair(int(indices[place]))
+            transformed, target = final[place]
             read.append([(plain(image), _title(label, sets.classes))])
             seen.append([(transform.unnormalize(transformed), "as the model sees it")])
             if isinstance(label, Mask):
@@ -38,6 +42,15 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
                 seen[-1].append((painted(target), _names(target, sets.classes)))
         rows += [list(row) for cells in (read, seen) for row in zip(*cells, strict=True)]
     write_grid(rows, output)
+
+
+def _transformed(samples: Samples, indices: np.ndarray) -> list[tuple[Any, Any]]:
+    """These samples (input, target) as the model sees them in the first epoch, as one batch."""
+    if samples.augment is None:  # then they may have various sizes
+        return [samples.sample(index, epoch=0) for index in indices.tolist()]
+    part = Part(0, 0, indices, len(indices), len(indices))
+    batch = samples.augment(samples.batches([part])[0])
+    return list(zip(batch.inputs, batch.targets, strict=True))
 
 
 def _names(mask: torch.Tensor, classes: list[str]) -> str:

@@ -210,9 +210,7 @@ def _culprit(config: Config) -> str:
         pair = _twice(partial(samples.pair, index), config.seed, index)
         if pair is None:
             return f"the data set '{config.data.name}' itself draws random numbers of its own"
-        names = config.data.train_transform
-        names = config.data.eval_transform if names is None else names
-        for position, name in enumerate(names):
+        for position, name in enumerate(data.train_transforms(config)[0]):
             pair = _twice(partial(ImageTransform([name]).geometry_of_pair, *pair), config.seed, index)
             if pair is None:
                 shown = next(iter(name)) if isinstance(name, dict) else name
