@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from dist_train.checkpoint.snapshot import to_cpu
 from dist_train.data import Batch, Feed
+from dist_train.data.augment import Augment, CutMix, MixUp
 from dist_train.data.order import Part
 from dist_train.record.history import read_metrics, read_status
 from dist_train.tools.replay import replay
@@ -26,6 +29,10 @@ KINDS = {
     "fp16": ["precision=fp16"],
     "compiled": ["compile=true"],
     "fsdp": ["parallel.name=fsdp"],
+    "mixed": [
+        "data.train_transform=[mine:dies,{ColorJitter: {contrast: 0.3}},RandomErasing,MixUp,CutMix]",
+        "channels_last=true",
+    ],
 }
 
 
@@ -150,3 +157,27 @@ def test_batches_that_are_copied_ahead_are_right_and_two_lie_there() -> None:
     if pin:
         doubles, products = 2**23, 2 * large.numel() * 4
         assert torch.cuda.max_memory_allocated() - before < 2 * 2**22 + doubles + products + 2**21
+
+
+def test_augmentation_gives_the_pixels_of_a_cpu_and_nothing_waits_for_the_device() -> None:
+    steps = [("ColorJitter", v2.ColorJitter(0.4, 0.4, 0.4)), ("RandomErasing", v2.RandomErasing(0.5)),
+             ("MixUp", MixUp(0.4)), ("CutMix", CutMix())]  # fmt: skip
+    augment = Augment(steps, 0, 10)
+    batches = []
+    for number in range(4):
+        indices = np.arange(9) + 9 * number
+        part = Part(number, 1, indices, 9, 9)
+        batches.append(Batch(torch.rand(9, 3, 32, 32), torch.from_numpy(indices % 10), part))
+    expected = [augment(batch) for batch in batches]
+    pinned = batches
+    if DEVICE == "cuda":
+        pinned = [b._replace(inputs=b.inputs.pin_memory(), targets=b.targets.pin_memory()) for b in batches]
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen = list(islice(Feed(iter(pinned), torch.device(DEVICE), True, augment), 4))
+    finally:
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    for one, other in zip(seen, expected, strict=True):
+        assert torch.allclose(one.inputs.cpu(), other.inputs, atol=1e-5)
+        assert torch.allclose(one.targets.cpu(), other.targets, atol=1e-6)
