@@ -17,6 +17,7 @@ from dist_train import __version__
 from dist_train.config import RunError, UserError, load_words, printable
 from dist_train.config.schema import all_keys
 from dist_train.console import flush, is_main, say
+from dist_train.importing import importing
 
 if TYPE_CHECKING:
     from dist_train.train import Result
@@ -75,7 +76,7 @@ def train(
     from dist_train.guard.interrupt import before_training, launcher_watched
 
     before_training()
-    with launcher_watched():
+    with launcher_watched(), importing():
         config = load_words(arguments, say)
         from dist_train.train import fit
 
@@ -132,7 +133,8 @@ def evaluate(
     trust: Trust = False,
 ) -> None:
     """Measure a run's best checkpoint on the whole eval set, exactly, on any number of processes."""
-    from dist_train.predict import evaluate_run
+    with importing():
+        from dist_train.predict import evaluate_run
 
     metrics = evaluate_run(run, overrides or [], trust=trust)
     if is_main():
@@ -154,7 +156,8 @@ def predict(
     trust: Trust = False,
 ) -> None:
     """Name the classes of images or of their pixels, or continue a text. Exit code 2 for a bad image."""
-    from dist_train import predict as prediction
+    with importing():
+        from dist_train import predict as prediction
 
     prediction.check_format(format)
     if prediction.task_of(run) == "language":
@@ -188,7 +191,8 @@ def config(arguments: Configs) -> None:
 def summary(arguments: Configs) -> None:
     """Print the model's layers with shapes, parameters and multiply-adds."""
     config = load_words(arguments, say)
-    from dist_train.tools.summary import summarize
+    with importing():
+        from dist_train.tools.summary import summarize
 
     summarize(config)
 
@@ -201,7 +205,8 @@ def samples(
 ) -> None:
     """Draw training images with their class names, as they are read and as the model sees them."""
     config = load_words(arguments, say)
-    from dist_train.tools.samples import draw
+    with importing():
+        from dist_train.tools.samples import draw
 
     draw(config, output, count)
     print(f"written: {output}")
@@ -217,7 +222,8 @@ def profile(
 ) -> None:
     """Show where the time of a step goes: data, forward, backward, optimizer, operators. Leaves no run."""
     config = load_words(arguments, say)
-    from dist_train.tools.profiler import profile, show
+    with importing():
+        from dist_train.tools.profiler import profile, show
 
     if measured := profile(config, steps, trace):
         show(measured)
@@ -233,7 +239,8 @@ def replay(
     trust: Trust = False,
 ) -> None:
     """Rebuild a step on one CPU: its samples as the model saw them, and each one's loss."""
-    from dist_train.tools import replay as replaying
+    with importing():
+        from dist_train.tools import replay as replaying
 
     replayed = replaying.replay(run, step, trust)
     print(replaying.table(replayed))

@@ -42,6 +42,9 @@ from dist_train.state import State
 from dist_train.tasks import Task
 from dist_train.trainer import Job, Trainer
 
+# The first optimizer imports much of torch that `import torch` leaves out: here, with all other imports.
+torch.optim.SGD([torch.zeros(1)])
+
 
 @dataclass(frozen=True)
 class Result:

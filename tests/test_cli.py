@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import pytest
 from PIL import Image
 
 import dist_train
+from dist_train.importing import importing
 from tests.processes import Finished, one_after_the_other
 from tests.worlds import SMALL
 
 COMMANDS = ["train", "eval", "predict", "config", "summary", "samples", "replay", "verify",
             "submit", "sweep", "status", "doctor"]  # fmt: skip
-HEAVY = ["torch", "torchvision", "accelerate", "wandb", "matplotlib", "pandas", "scipy"]
+NEEDLESS = ["torchvision", "PIL", "wandb", "matplotlib", "pandas", "scipy", "rich", "typer", "pydantic"]
+HEAVY = ["torch", "accelerate", *NEEDLESS[:6]]
 
 
 @pytest.mark.parametrize(
@@ -33,20 +36,40 @@ def test_what_needs_no_torch_does_not_import_it(words: list[str], run: Callable[
     assert result.out.splitlines()[-1] == "heavy: []", result
 
 
-def test_importing_the_package_imports_no_torch_and_its_names_are_there(run: Callable[..., Finished]) -> None:
+def test_imports_wait_until_they_are_needed(run: Callable[..., Finished]) -> None:
+    """Half a second for torchvision, one for W&B: a start is as quick as what it doesn't import."""
     program = (
         "import sys, dist_train; assert 'torch' not in sys.modules\n"
         "from dist_train import Config, UserError, load; assert 'torch' not in sys.modules\n"
         "from dist_train import fit; assert 'torch' in sys.modules\n"
         "print(sorted(dist_train.__all__))\n"
         "try:\n    dist_train.fitt\nexcept AttributeError as error:\n    print(error)\n"
+        "before = set(sys.modules)\n"
+        "quickstart = {'train': {'steps': 2}, 'log': {'every': 1}, 'wandb': {'mode': 'disabled'}}\n"
+        "fit(quickstart | {'device': 'cpu'}, on_row=lambda row: False)\n"
+        f"print([name for name in {[*NEEDLESS]} if name in sys.modules])\n"
+        "print(len([name for name in set(sys.modules) - before if name.startswith('torch.')]) < 30)\n"
     )
     result = run("-c", program)
     assert result.rc == 0, result
     assert result.out.splitlines() == [
         "['Config', 'UserError', 'fit', 'load']",
         "module 'dist_train' has no attribute 'fitt'",
+        "[]",  # of what the quickstart does not need
+        "True",  # nearly all of torch came with `fit`, while the commands have Python's collector off
     ]
+
+
+def test_the_collector_rests_while_modules_are_imported() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ModuleNotFoundError), importing():
+            assert not gc.isenabled()
+            import dist_train.nowhere  # noqa: F401
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
 
 
 def test_help_tells_every_command_and_how_to_override(cli: Callable[..., Finished]) -> None:

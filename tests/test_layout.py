@@ -35,7 +35,7 @@ LAYERS = """
     record console
     cluster
     parts seeds
-    config
+    config importing
 """
 UPWARD = {("parallel", "fsdp")}  # it chooses it, and imports it when it is asked for
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from dist_train.config import interpolation
 from dist_train.config.errors import UserError, nearest
 from dist_train.config.schema import Config, all_keys
-from dist_train.config.values import check_type, check_values, leaves
+from dist_train.config.values import check_type, check_values, hints_of, leaves
 
 Say = Callable[[str], None]
 # What one source sets: values, or the full key that it takes away; and the words that messages call it by.
@@ -218,9 +218,13 @@ def _is_text(key: str) -> bool:
     *sections, name = key.split(".")
     schema: Any = Config
     for section in sections:
-        schema = get_type_hints(schema).get(section) if is_dataclass(schema) else None
-    hint = get_type_hints(schema).get(name) if is_dataclass(schema) else None
+        schema = hints_of(schema).get(section) if _is_section(schema) else None
+    hint = hints_of(schema).get(name) if _is_section(schema) else None
     return hint in (str, str | None)
+
+
+def _is_section(schema: Any) -> bool:
+    return isinstance(schema, type) and is_dataclass(schema)
 
 
 def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]) -> DictConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,9 +15,16 @@ from dist_train.config.every import Every, parse_seconds
 from dist_train.config.schema import Config, all_keys, each_key, get
 
 
+@cache
+def hints_of(schema: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, by its name."""
+    hints = get_type_hints(schema)
+    return {item.name: hints[item.name] for item in fields(schema)}
+
+
 def leaves(values: dict[Any, Any], schema: type, prefix: str, where: str) -> Iterator[tuple[str, Any, Any]]:
     """(full key, value, type hint) of each value that is no section; unknown keys raise UserError."""
-    hints = {item.name: get_type_hints(schema)[item.name] for item in fields(schema)}
+    hints = hints_of(schema)
     for name, value in values.items():
         key = f"{prefix}{name}"
         if name not in hints:
