@@ -125,7 +125,7 @@ def predict(
                     from torchvision.transforms.v2.functional import resize
 
                     image = resize(image, shape[-2:], antialias=True)
-                tensors.append(transform.to_float(image))
+                tensors.append(transform.normalize(image))
                 readable.append(file)
             except UserError as error:
                 errors.append(str(error))

@@ -18,6 +18,7 @@ from dist_train.config import UserError
 from dist_train.data.augment import Augment, CutMix, MixUp, erased_boxes, jittered, split
 from dist_train.data.batch import Batch
 from dist_train.data.draws import beta, uniform
+from dist_train.data.normalize import Normalization
 from dist_train.data.order import Part
 from dist_train.record.history import read_metrics
 from dist_train.tasks import Classification
@@ -30,6 +31,7 @@ from tests.worlds import SMALL
 
 CLASSES = 5
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+NORMALIZE = Normalization(*(tuple(values.flatten().tolist()) for values in (MEAN, STD)))
 
 
 def images(count: int, channels: int = 3, height: int = 12, width: int = 16) -> torch.Tensor:
@@ -98,7 +100,7 @@ def test_boxes_to_erase_are_spread_as_those_of_torchvision() -> None:
 
 def test_an_erased_box_has_the_value_that_it_had_before_normalization() -> None:
     before = images(40)
-    erase = Augment([("RandomErasing", v2.RandomErasing(0.5, value=[0.1, 0.2, 0.3]))], 0, CLASSES, MEAN, STD)
+    erase = Augment([("RandomErasing", v2.RandomErasing(0.5, value=[0.1, 0.2, 0.3]))], 0, CLASSES, NORMALIZE)
     after = erase(batch((before - MEAN) / STD)).inputs * STD + MEAN
     changed = (after - before).abs().amax(1) > 1e-6  # [B, H, W]
     assert 5 < changed.flatten(1).any(1).sum() < 35
@@ -167,7 +169,7 @@ ALL = [
 
 
 def test_what_is_done_to_a_sample_is_the_same_in_any_even_part_and_new_in_each_epoch() -> None:
-    augment, inputs = Augment(ALL, 3, CLASSES, MEAN, STD), images(24)
+    augment, inputs = Augment(ALL, 3, CLASSES, NORMALIZE), images(24)
     whole = augment(batch(inputs))
     for first, count in ((0, 12), (4, 2), (12, 12)):
         part = augment(batch(inputs[first : first + count], first))

@@ -42,7 +42,7 @@ def rank(number: int = 0, world_size: int = 1) -> Runtime:
 
 
 def everything(loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(loader)
+    batches = [batch.to(torch.device("cpu")) for batch in loader]
     return torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
 
 

@@ -97,7 +97,7 @@ def batches(root: Path, workers: int, batch: int = 7, steps: list[Any] = CROPS) 
     setup = config(data=source | {"mean": [0.4], "std": [0.3]}, train={"epochs": 2, "batch_size": batch})
     sets = data.build(setup)
     loader = sets.train_loader(setup, rank(), 0, sets.total_steps(setup))
-    assert isinstance(loader, Threads) == (workers > 0)
+    assert isinstance(loader, Threads) == (workers > 0)  # without workers a DataLoader in this process
     return [item.to(torch.device("cpu")) for item in loader]
 
 
@@ -116,6 +116,39 @@ def test_threads_make_the_same_batches_and_leave_the_generator_alone(image_folde
                 assert torch.equal(first, image)
     differing = [not torch.equal(by_sample[0, n], by_sample[1, n]) for n in range(30)]
     assert sum(differing) > 27
+
+
+def test_pixels_are_normalized_once_they_are_on_the_device(image_folder: Path) -> None:
+    source = {
+        "name": "image_folder",
+        "root": str(image_folder),
+        "mean": [0.4],
+        "std": [0.3],
+        "shuffle": False,
+    }
+    setup = config(data=source, train={"steps": 1, "batch_size": 5})
+    sets = data.build(setup)
+    (batch,) = sets.train_loader(setup, rank(), 0, 1)
+    assert batch.inputs.dtype == torch.uint8 and batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    expected = (batch.inputs.double() / 255 - 0.4) / 0.3
+    for channels_last in (False, True):
+        seen = batch.to(torch.device("cpu"), channels_last)
+        assert torch.allclose(seen.inputs.double(), expected, atol=1e-6)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert seen.inputs.is_contiguous(memory_format=layout)
+        assert seen.to(torch.device("cpu")).inputs is seen.inputs  # no second time
+        for row in range(5):
+            assert torch.equal(seen.inputs[row], sets.train.sample(row, 0)[0])
+
+
+def test_images_of_8_and_of_16_bits_come_into_one_batch(image_folder: Path) -> None:
+    deep = image_folder / "train/bright/000.png"
+    Image.fromarray(np.full((8, 8), 13107, np.uint16)).save(deep)
+    setup = config(data={"name": "image_folder", "root": str(image_folder), "shuffle": False})
+    sets = data.build(setup)
+    batch = next(iter(sets.train_loader(setup, rank(), 0, 1))).to(torch.device("cpu"))
+    assert torch.allclose(batch.inputs[0], torch.tensor(0.2))
+    assert torch.equal(batch.inputs[1], sets.train.sample(1, 0)[0])
 
 
 def test_threads_end_with_the_loader_and_make_no_more_than_they_were_asked(image_folder: Path) -> None:

@@ -34,7 +34,8 @@ def epochs(root: Path, name: str, transform: list[Any], workers: int, batch: int
     steps = sets.steps_per_epoch(setup)
     images = []
     for start in (0, steps):
-        batches = list(sets.train_loader(setup, rank(), start, start + steps))
+        loader = sets.train_loader(setup, rank(), start, start + steps)
+        batches = [batch.to(torch.device("cpu")) for batch in loader]
         order = np.concatenate([batch.part.indices for batch in batches])
         inputs = torch.cat([batch.inputs for batch in batches])
         images.append(inputs[torch.from_numpy(np.argsort(order))])

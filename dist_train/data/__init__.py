@@ -6,7 +6,7 @@
     labels.py      what a label may be            loader.py      fetching batches ahead of time
     draws.py       random numbers of a batch      feed.py        batches on their way to the device
     geometry.py    crops, flips and sizes         decode.py      JPEGs to pixels
-    augment.py     what is done to batches there
+    augment.py     what is done to batches there  normalize.py   pixels to numbers
 
 `build` is the face of the package.
 """
@@ -165,7 +165,7 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
     evaluation = Samples(eval_data, evaluating, labels, config.seed, "leave out" if skip else "stop")
     if batched := train_transforms(config)[1]:
         assert training is not None
-        train.augment = Augment(batched, config.seed, len(classes), training.mean, training.std)
+        train.augment = Augment(batched, config.seed, len(classes), training.normalize)
         notes.append(f"{', '.join(name for name, _ in batched)}: done to whole batches, on the device")
     train.check_labels("training")
     evaluation.check_labels("evaluation")
@@ -178,9 +178,10 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
 
 
 def first_batch(samples: Samples) -> Batch:
-    """The first sample that can be read, twice, as the model gets it in a batch."""
+    """The first sample that can be read, twice, as the model gets it in a batch, on the CPU."""
     parts = (Part(0, 0, np.array([index, index]), 2, 2) for index in range(len(samples)))
-    batch = next(batch for part in parts for batch in samples.batches([part]) if batch.rows)
+    found = next(batch for part in parts for batch in samples.batches([part]) if batch.rows)
+    batch = found.to(torch.device("cpu"))
     return samples.augment(batch) if samples.augment else batch
 
 

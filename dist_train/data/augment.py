@@ -18,6 +18,7 @@ import torch
 from dist_train.config import UserError, construct, counted
 from dist_train.data.batch import Batch
 from dist_train.data.draws import beta, uniform
+from dist_train.data.normalize import Normalization
 from dist_train.data.transforms import build, parsed
 
 TRIES = 10  # boxes that RandomErasing draws until one fits
@@ -80,7 +81,7 @@ class Augment:
     Args:
         steps: names and what holds the arguments, as torchvision's transforms do; those that mix come last.
         classes: how many there are.
-        mean, std: by which images are normalized, `[C, 1, 1]`; transforms see them as they were before.
+        normalize: what was done to images before; transforms see them without it.
     """
 
     def __init__(
@@ -88,14 +89,15 @@ class Augment:
         steps: Sequence[tuple[str, Any]],
         seed: int,
         classes: int,
-        mean: torch.Tensor | None = None,
-        std: torch.Tensor | None = None,
+        normalize: Normalization = Normalization(),  # noqa: B008
     ) -> None:
         self.steps = [(name, transform) for name, transform in steps if name not in MIXING]
         self.alphas = {name: transform.alpha for name, transform in steps if name in MIXING}
         self.seed, self.classes = seed, classes
-        self.mean = np.zeros(1) if mean is None else mean.double().numpy()
-        self.std = np.ones(1) if std is None else std.double().numpy()
+        self.mean, self.std = (
+            np.array(values or [default], np.float32).astype(np.float64).reshape(-1, 1, 1)
+            for values, default in ((normalize.mean, 0), (normalize.std, 1))
+        )
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with changed images `[B, C, H, W]`; where they are mixed, with probabilities `[B, K]`."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_train.config import UserError
+from dist_train.data.normalize import Normalization
 from dist_train.data.order import Part
 from dist_train.nested import map_tensors, tensors
 
@@ -21,6 +22,7 @@ class Batch(NamedTuple):
     targets: Any  # None where samples are no pairs: then all is in `inputs`
     part: Part
     bad: tuple[tuple[str, str], ...] = ()  # samples that could not be read, and why
+    normalize: Normalization | None = None  # what is still to be done to images, on the device
 
     @property
     def rows(self) -> int:
@@ -28,9 +30,12 @@ class Batch(NamedTuple):
         return next((len(tensor) for tensor in tensors(self.inputs)), 0)
 
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
-        """The batch on `device`; a copy from page-locked memory does not wait."""
+        """The batch on `device`, normalized; a copy from page-locked memory does not wait."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
+            if self.normalize is not None:  # a quarter of the bytes is moved
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                return self.normalize(tensor.to(device, non_blocking=True), layout)
             layout = torch.channels_last if channels_last and tensor.ndim == 4 else torch.preserve_format
             return tensor.to(device, non_blocking=True, memory_format=layout)
 

@@ -20,9 +20,10 @@ from dist_train.data.batch import Batch, Unreadable
 from dist_train.data.geometry import as_batch, stack
 from dist_train.data.images import BadSample, as_text
 from dist_train.data.labels import Labels, first_wrong, wrong
+from dist_train.data.normalize import as_tensor, unit
 from dist_train.data.order import Part
 from dist_train.data.source import View
-from dist_train.data.transforms import ImageTransform, OneHot, as_tensor
+from dist_train.data.transforms import ImageTransform, OneHot
 from dist_train.nested import map_tensors, tensors
 from dist_train.seeds import seed_sample
 
@@ -70,7 +71,7 @@ class Samples(Dataset[Any]):
         targets = self.all_targets(targets, numbers)
         if self.transform is not None and self.is_keyed:
             drawn = [self.drawn(part.epoch, part.indices) for part in parts]
-            inputs = self.transform.to_float(self.transform.batch(inputs, np.concatenate(drawn)))
+            inputs = self.transform.normalize(self.transform.batch(inputs, np.concatenate(drawn)))
         elif self.transform is not None:
             inputs = self.transform(inputs)
         batches, end = [], 0
@@ -90,17 +91,18 @@ class Samples(Dataset[Any]):
         if not samples:
             nothing = itemgetter(slice(0))
             inputs, targets = map_tensors(nothing, inputs), map_tensors(nothing, targets)
-        return Batch(inputs, targets, part, tuple(bad))
+        normalize = self.transform.normalize if self.transform is not None and self.is_keyed else None
+        return Batch(inputs, targets, part, tuple(bad), normalize)
 
     def inputs(self, values: list[Any]) -> Any:
-        """The inputs of a batch, of those that `prepared` gave, as the model gets them."""
+        """The inputs of a batch, of those that `prepared` gave."""
         if self.transform is None or not self.is_keyed:
             return self.collated("an input", values)
         if len({image.dtype for image in values}) > 1:  # files of 8 bits and of more
-            values = [self.transform.unit(image) for image in values]
+            values = [unit(image) for image in values]
         if len({image.shape for image in values}) > 1:
             self.collated("an input", values)  # which tells it
-        return self.transform.to_float(stack(values))
+        return stack(values)
 
     def collated(self, what: str, values: list[Any]) -> Any:
         """Inputs or targets as one of a batch. Raises UserError for what can't be stacked."""
@@ -168,11 +170,11 @@ class Samples(Dataset[Any]):
         """One transformed sample as (image `[C, H, W]` or other input, target), as this epoch sees it."""
         inputs, target = self.prepared(index, epoch)
         if self.transform is not None and self.is_keyed:
-            inputs = self.transform.to_float(inputs)
+            inputs = self.transform.normalize(inputs)
         return inputs, target
 
     def prepared(self, index: int, epoch: int, drawn: np.ndarray | None = None) -> tuple[Any, Any]:
-        """The same before what `inputs` does to all images of a batch at once.
+        """The same before normalization, which is done to a whole batch, where samples are keyed.
 
         Args:
             drawn: the numbers of this sample, where it is keyed and they are at hand.

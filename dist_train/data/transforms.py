@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train.config import UserError, construct, counted, import_object, nearest
+from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.data import geometry
 from dist_train.data.draws import uniform
 from dist_train.data.geometry import Step, as_batch
 from dist_train.data.masks import IGNORED
+from dist_train.data.normalize import Normalization, from_array
 from dist_train.nested import map_tensors, tensors
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
@@ -56,12 +57,11 @@ class ImageTransform:
         self.draws = sum(step.draws for step in self.keyed)
         known = BATCHED | QUICK if self.is_keyed else BATCHED
         self.batched = all(name in known for _, name in built)  # whether it is quick for whole batches
-        self.mean = torch.tensor(mean).view(-1, 1, 1) if mean else None
-        self.std = torch.tensor(std).view(-1, 1, 1) if std else None
+        self.normalize = Normalization(tuple(mean), tuple(std))
 
     def __call__(self, image: Any) -> torch.Tensor:
         """One image `[C, H, W]`, or where `batched` a batch `[B, C, H, W]`."""
-        return self.to_float(self.geometry(image))
+        return self.normalize(self.geometry(image))
 
     def pair(self, inputs: Any, target: Any) -> tuple[Any, Any]:
         """An image and its target; what lies on it (tv_tensors.Mask and such) by the same random numbers.
@@ -72,10 +72,10 @@ class ImageTransform:
         inputs, target = self.geometry_of_pair(inputs, target)
 
         def convert(tensor: torch.Tensor) -> torch.Tensor:
-            return self.to_float(tensor) if _is_tv(tensor, "Image") else _plain(tensor)
+            return self.normalize(tensor) if _is_tv(tensor, "Image") else _plain(tensor)
 
         nested = isinstance(inputs, (dict, tuple, list))
-        inputs = map_tensors(convert, inputs) if nested else self.to_float(inputs)
+        inputs = map_tensors(convert, inputs) if nested else self.normalize(inputs)
         return inputs, map_tensors(_plain, target)
 
     def geometry_of_pair(self, inputs: Any, target: Any) -> tuple[Any, Any]:
@@ -85,7 +85,7 @@ class ImageTransform:
         """
         nested = isinstance(inputs, (dict, tuple, list))
         if nested or any(map(_is_tv, tensors(target))):
-            both: tuple[Any, Any] = self.geometry((_tensor(inputs), target))
+            both: tuple[Any, Any] = self.geometry((from_array(inputs), target))
             return both
         return self.geometry(inputs), target
 
@@ -111,7 +111,7 @@ class ImageTransform:
             return images if image.ndim == 4 else images[0]
         for position, step in enumerate(self.steps):
             if self.names[position]:  # torchvision's pass an array over in silence
-                image = _tensor(image)
+                image = from_array(image)
             image = self._step(position, step, image)
         return image
 
@@ -128,40 +128,6 @@ class ImageTransform:
                 f"{self.where}[{position}]: {self.names[position]} can't be applied to an image of"
                 f" shape {shapes}: {reason}."
             ) from error
-
-    def to_float(self, image: Any) -> torch.Tensor:
-        """Values from 0 to 1, then normalized; a tensor that is float already is only normalized."""
-        tensor = self.unit(image)
-        if self.mean is None or self.std is None:
-            return tensor
-        if len(self.mean) not in (1, tensor.shape[-3]):
-            raise UserError(
-                f"data.mean has {counted(len(self.mean), 'value')}, but the images have"
-                f" {counted(tensor.shape[-3], 'channel')}."
-            )
-        return (tensor - self.mean) / self.std
-
-    def unit(self, image: Any) -> torch.Tensor:
-        """Values from 0 to 1 as float32; a tensor that is float already as it is."""
-        tensor = as_tensor(image).as_subclass(torch.Tensor)
-        if tensor.dtype == torch.uint8:
-            tensor = tensor.float().mul_(1 / 255)  # as torchvision's to_dtype does it
-        elif tensor.is_floating_point() or tensor.dtype == torch.bool:
-            tensor = tensor.float()
-        elif tensor.dtype == torch.uint16:
-            tensor = tensor.float() / 65535
-        else:
-            raise UserError(
-                f"data: an image is of type {str(tensor.dtype).removeprefix('torch.')}, so it isn't known"
-                " which value is white; make it uint8 (255), uint16 (65535), or floats from 0 to 1."
-            )
-        return tensor
-
-    def unnormalize(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Values from 0 to 1 again, to be looked at."""
-        if self.mean is None or self.std is None:
-            return tensor
-        return tensor * self.std + self.mean
 
 
 def _by_numbers(step: Callable[[Any], Any], name: str) -> Step | None:
@@ -195,29 +161,6 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without torchvision's word for what it is; the classes of a mask as int64, as torch's loss wants."""
     plain = tensor.as_subclass(torch.Tensor)
     return plain.long() if _is_tv(tensor, "Mask") else plain
-
-
-def as_tensor(image: Any) -> torch.Tensor:
-    """An image of any kind as a tensor `[C, H, W]`. Raises UserError for what is none."""
-    if isinstance(tensor := _tensor(image), torch.Tensor):
-        return tensor
-    from torchvision.transforms.v2.functional import to_image
-
-    try:
-        return to_image(image)  # type: ignore[no-any-return]
-    except TypeError:
-        raise UserError(
-            f"data: an image is of type {type(image).__name__}; make it a tensor, an array or a PIL image."
-        ) from None
-
-
-def _tensor(image: Any) -> Any:
-    """An array `[H, W]` or `[H, W, C]` as a tensor `[C, H, W]`; all else is given back."""
-    if not isinstance(image, np.ndarray):
-        return image
-    from torchvision.transforms.v2.functional import to_image
-
-    return to_image(image.astype(image.dtype.newbyteorder("="), copy=False))
 
 
 class OneHot:

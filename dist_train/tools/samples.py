@@ -36,7 +36,7 @@ def draw(config: Config, output: Path, count: int = 16) -> None:
             image, label = sets.train.pair(int(indices[place]))
             transformed, target = final[place]
             read.append([(plain(image), _title(label, sets.classes))])
-            seen.append([(transform.unnormalize(transformed), "as the model sees it")])
+            seen.append([(transform.normalize.undo(transformed), "as the model sees it")])
             if isinstance(label, Mask):
                 read[-1].append((painted(label), _names(label, sets.classes)))
                 seen[-1].append((painted(target), _names(target, sets.classes)))
@@ -49,7 +49,7 @@ def _transformed(samples: Samples, indices: np.ndarray) -> list[tuple[Any, Any]]
     if samples.augment is None:  # then they may have various sizes
         return [samples.sample(index, epoch=0) for index in indices.tolist()]
     part = Part(0, 0, indices, len(indices), len(indices))
-    batch = samples.augment(samples.batches([part])[0])
+    batch = samples.augment(samples.batches([part])[0].to(torch.device("cpu")))
     return list(zip(batch.inputs, batch.targets, strict=True))
 
 
