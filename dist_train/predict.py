@@ -22,7 +22,7 @@ from torch import nn
 from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train.checkpoint.files import write_output
 from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
-from dist_train.data.images import as_text, image_paths, read_image
+from dist_train.data.images import as_text, image_paths, read_image, shrunk
 from dist_train.evaluate import evaluate
 
 FORMATS = ("table", "csv", "json")
@@ -103,7 +103,8 @@ def predict(
     """
     model, saved, transform = for_images(place, model, trust)
     shape, classes = saved["sample_shape"], len(saved["classes"])
-    task = completed(saved["config"])["task"]["name"]
+    config = completed(saved["config"])
+    task, shorter = config["task"]["name"], config["data"]["cache_size"]
     if task == "segmentation":
         raise UserError(f"{place}: predicts masks, no classes; name a folder for them by --masks FOLDER.")
     outputs = models.probe(model, torch.zeros(2, *shape), type(model).__name__)
@@ -120,7 +121,7 @@ def predict(
         tensors, readable = [], []
         for file in files:
             try:
-                image = transform.geometry(read_image(file, shape[0]))
+                image = transform.geometry(shrunk(read_image(file, shape[0]), shorter))
                 if list(image.shape[-2:]) != shape[-2:]:  # the model knows one size only
                     from torchvision.transforms.v2.functional import resize
 
@@ -152,7 +153,13 @@ def for_images(
     """
     path = checkpoint.find(place)
     saved = checkpoint.load(path, verified=True)
-    needed = ["data.eval_transform", "data.mean", "data.std", *(["model."] if model is None else [])]
+    needed = [
+        "data.eval_transform",
+        "data.mean",
+        "data.std",
+        "data.cache_size",
+        *(["model."] if model is None else []),
+    ]
     config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
@@ -236,7 +243,8 @@ def evaluate_run(
         with ranks.together():
             model = _trained(path, saved, config, model, trust)
             with ranks.main_of_node_first():
-                sets = data.build(config, train_data if eval_data is None else eval_data, eval_data)
+                found = data.opened(config, train_data if eval_data is None else eval_data, eval_data)
+            sets = data.build(config, *found)
             if sets.classes != saved["classes"][: len(sets.classes)]:  # fewer may be missing at the end
                 raise UserError(
                     f"data: its classes ({', '.join(sets.classes)}) are not those of the run"

@@ -249,8 +249,8 @@ def _prepare(config: Config, ranks: Runtime, given: Given, kept: Kept) -> tuple[
     with ranks.together():
         task = tasks.build(config) if given.task is None else tasks.complete(given.task)
         with ranks.main_of_node_first():
-            sets = kept.data or data.build(config, given.train_data, given.eval_data)
-        kept.data = sets
+            found = (None, None) if kept.data else data.opened(config, given.train_data, given.eval_data)
+        kept.data = sets = kept.data or data.build(config, *found)
         if given.eval_data is not None and given.train_data is None:
             both = f"{config.data.name} and {given_name(given.eval_data)}"
             config = replace(config, data=replace(config.data, name=both))

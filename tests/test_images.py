@@ -164,7 +164,7 @@ def test_threads_end_with_the_loader_and_make_no_more_than_they_were_asked(image
     assert len(asked) <= 5 * (3 + 4)
     loader.close()  # type: ignore[attr-defined]
     for thread in threading.enumerate():
-        if thread.name.startswith("loader"):
+        if thread.name.startswith("ahead"):
             thread.join(timeout=20)
             assert not thread.is_alive()
 

@@ -45,6 +45,23 @@ class DataConfig:
         least=0,
         below=1,
     )
+    cache: str = option(
+        "none",
+        "Decode image files once. disk: into data.cache_dir; memory: into memory that all processes of a "
+        "machine share (images.md).",
+        choices=("none", "memory", "disk"),
+        may_change=True,
+    )
+    cache_size: int | None = option(
+        None,
+        "Make images smaller, to so many pixels on the shorter side; with or without a cache this is another "
+        "data set. null: as they are.",
+        least=1,
+        most_from_file=10_000,
+    )
+    cache_dir: str | None = option(
+        None, "Folder of caches on disk; null: ~/.cache/dist_train.", may_change=True
+    )
     shuffle: bool = option(True, "A new order in each epoch; false: always the order of the files.")
     on_bad_sample: str = option(
         "stop",

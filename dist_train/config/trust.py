@@ -76,6 +76,10 @@ def from_file(
     for key, why in _objections(config):
         if not _is_given(key, given):
             raise UserError(f"{where}: {key}: {why}; if you trust the file: --trust (trust=True).")
+    if not _is_given("data.cache", given):
+        config.data.cache = "none"  # nothing is written in its name
+    if not _is_given("data.cache_dir", given):
+        config.data.cache_dir = None
     downloads = SOURCES.get(config.data.name) and not _is_given("data.root", given)
     if downloads and not _is_given("data.args.download", given):
         config.data.args["download"] = False

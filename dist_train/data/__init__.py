@@ -7,6 +7,7 @@
     draws.py       random numbers of a batch      feed.py        batches on their way to the device
     geometry.py    crops, flips and sizes         decode.py      JPEGs to pixels
     augment.py     what is done to batches there  normalize.py   pixels to numbers
+    cache.py       images decoded once
 
 `build` is the face of the package.
 """
@@ -25,6 +26,7 @@ from torch.utils.data import IterableDataset, Subset
 from dist_train.config import Config, UserError
 from dist_train.data.augment import Augment, split
 from dist_train.data.batch import Batch
+from dist_train.data.cache import with_cache
 from dist_train.data.feed import Feed
 from dist_train.data.labels import Labels
 from dist_train.data.loader import described, make_loader, recorded
@@ -48,6 +50,7 @@ __all__ = [
     "described",
     "eval_transform",
     "first_batch",
+    "opened",
     "recorded",
     "train_transforms",
 ]
@@ -118,16 +121,26 @@ def _parts(config: Config, runtime: Runtime, parts: int | None) -> tuple[int, in
     return parts, part_size(train.batch_size, parts, runtime.world_size, train.accumulate)
 
 
-def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data:
-    """The data of a run, from the configuration or from the data sets that are given.
+def opened(config: Config, train_data: Any = None, eval_data: Any = None) -> tuple[Any, Any]:
+    """The training and evaluation set that are given, or else those that the configuration names.
 
-    Raises UserError for what can't be found, read, or trained on.
+    Some are downloaded now. There may be no evaluation set.
     """
     options = config.data
     if train_data is None:
         train_data = open_source(options.name, options.root, True, options.args)
         if eval_data is None and not options.eval_fraction:
             eval_data = open_source(options.name, options.root, False, options.args)
+    return train_data, eval_data
+
+
+def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data:
+    """The data of a run, from the configuration or from the data sets that are given.
+
+    Raises UserError for what can't be found, read, or trained on.
+    """
+    options = config.data
+    train_data, eval_data = opened(config, train_data, eval_data)
     for part, items in (("training", train_data), ("evaluation", eval_data)):
         if items is None:
             continue
@@ -149,7 +162,11 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
             f"data: the class names of the eval set are not those of the training set ({detail}), so label"
             " numbers would not mean the same; give both sets the same classes."
         )
-    notes = [note for note in (getattr(d, "note", "") for d in (train_data, eval_data)) if note]
+    train_data = with_cache(train_data, options)
+    eval_data = None if eval_data is None else with_cache(eval_data, options)
+    notes = [
+        note.removeprefix("; ") for note in (getattr(d, "note", "") for d in (train_data, eval_data)) if note
+    ]
     if eval_data is None:
         train_data, eval_data = _hold_out(train_data, config)
     if options.drop_last and len(train_data) < config.train.batch_size:

@@ -130,7 +130,7 @@ def _crop(images: torch.Tensor, drawn: np.ndarray, transform: Any) -> torch.Tens
     images = F.pad(images, (left, right, top, bottom), value=_number(transform.fill))
     height, width = images.shape[-2:]
     if height < h or width < w:
-        raise ValueError(f"the crop of {[h, w]} is larger than the image with its padding, {[height, width]}")
+        raise ValueError(f"the crop of {(h, w)} is larger than the image with its padding, {(height, width)}")
     places = (drawn * [height - h + 1, width - w + 1]).astype(int).tolist()
     rows = [images[row, :, y : y + h, x : x + w] for row, (y, x) in enumerate(places)]
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)

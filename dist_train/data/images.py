@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from dist_train.config import UserError, nearest
 from dist_train.data.decode import decode_jpeg
+from dist_train.data.geometry import as_batch, resize
 
 EVAL_FOLDERS = ("val", "eval", "test", "valid", "validation")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -63,6 +64,8 @@ class ImageFiles(Dataset):
         self.paths = packed(paths)
         self.labels = np.asarray(labels)
         self.classes, self.channels = list(classes), channels
+        self.shorter: int | None = None  # how many pixels the shorter side of an image has at most
+        self.note = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,7 +79,8 @@ class ImageFiles(Dataset):
         return torch.as_tensor(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
-        return read_image(self.path(index), self.channels), self.labels[index].item()
+        image = read_image(self.path(index), self.channels)
+        return shrunk(image, self.shorter), self.labels[index].item()
 
 
 def packed(paths: Sequence[Path]) -> np.ndarray:
@@ -118,6 +122,13 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadSample(f"{shown}: not a readable image ({reason}).") from None
+
+
+def shrunk(image: torch.Tensor, shorter: int | None) -> torch.Tensor:
+    """An image `[C, H, W]` with at most so many pixels on its shorter side."""
+    if shorter is None or min(image.shape[-2:]) <= shorter:
+        return image
+    return resize(as_batch(image), [shorter])[0]
 
 
 def _deep(image: Any, channels: int) -> torch.Tensor:

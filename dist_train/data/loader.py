@@ -12,9 +12,7 @@ import multiprocessing
 import os
 import signal
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 
 from dist_train.config import Config, counted
+from dist_train.data.ahead import ahead
 from dist_train.data.batch import Batch
 from dist_train.data.order import Part
 from dist_train.data.samples import Samples
@@ -56,20 +55,7 @@ class Threads:
         self.threads, self.ahead, self.pin = threads, ahead, pin
 
     def __iter__(self) -> Iterator[Batch]:
-        # Each thread computes by itself; torch would give it a team of its own, and take over its number.
-        before = torch.get_num_threads()
-        pool = ThreadPoolExecutor(self.threads, "loader", torch.set_num_threads, (1,))
-        waiting: deque[Future[Batch]] = deque()
-        try:
-            for part in self.sampler:
-                waiting.append(pool.submit(self._made, part))
-                if len(waiting) >= self.ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            torch.set_num_threads(before)
+        return ahead(self._made, self.sampler, self.threads, self.ahead)
 
     def _made(self, part: Part) -> Batch:
         batch = self.samples.__getitems__([part])[0]
