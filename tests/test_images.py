@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from dist_train.config import UserError
 from dist_train.data import decode
 from dist_train.data.images import BadSample, read_image
 from dist_train.data.loader import Threads
-from dist_train.record.history import read_metrics
+from dist_train.record.history import read_metrics, read_status
 from dist_train.tools.replay import replay
 from tests.distributed.ranks import last, same_bits
 from tests.processes import Finished
@@ -180,6 +181,18 @@ def test_an_image_that_cannot_be_read_is_told_by_a_thread_when_its_batch_is_due(
     assert not caught.value.everywhere
 
 
+def test_a_signal_and_a_bad_image_end_a_training_whose_threads_are_at_work(
+    begin: Callable[..., Any], cli: Callable[..., Finished], wait_for: Any, image_folder: Path, tmp_path: Path
+) -> None:
+    process = begin("train", *WORDS, "train.steps=1000000")
+    wait_for(lambda: read_status(tmp_path / "runs/run").get("step", 0) >= 3, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    (image_folder / "train/dark/004.png").write_bytes(b"no image")
+    ended = cli("train", *WORDS, "run.name=bad")
+    assert ended.rc == 2 and ended.err.count("dark/004.png: not a readable image") == 1, ended
+
+
 def test_who_makes_the_batches_is_chosen_and_told(image_folder: Path) -> None:
     def told(**options: Any) -> str:
         setup = config(data={"name": "image_folder", "root": str(image_folder), "workers": 2} | options)
@@ -190,6 +203,21 @@ def test_who_makes_the_batches_is_chosen_and_told(image_folder: Path) -> None:
     assert told(train_transform=[*CROPS, "RandAugment"]) == f"{other} RandAugment needs them"
     assert told(target_transform="tests.test_images:negative") == f"{other} this data set needs them"
     assert told(workers=0) == ""
+
+
+def test_a_folder_of_torchvision_is_read_as_ours(image_folder: Path) -> None:
+    ours = {"name": "image_folder", "root": str(image_folder), "train_transform": CROPS}
+    theirs = {"name": "ImageFolder", "root": str(image_folder / "train"), "train_transform": CROPS}
+    samples = [
+        data.build(config(data=source | {"eval_fraction": 0.2 * (source is theirs)})).train
+        for source in (ours, theirs)
+    ]
+    assert all(one.in_threads for one in samples)
+    kept = samples[1].source.positions
+    assert kept is not None
+    for place, index in enumerate(kept[:5]):
+        one, other = samples[0].pair(int(index)), samples[1].pair(place)
+        assert torch.equal(one[0], other[0]) and one[1] == other[1]
 
 
 def negative(label: int) -> int:

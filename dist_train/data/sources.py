@@ -140,6 +140,9 @@ def _torchvision(cls: type, root: str | None, train: bool, args: dict[str, Any])
         raise UserError(f"data.name: {cls.__name__} could not be opened: {reason}.") from None
     if classes or not hasattr(dataset, "classes"):
         dataset.classes = classes or _numbered(dataset)
+    if _is_plain_folder(dataset):  # its files are read as ours are: by threads, and from a cache
+        paths, numbers = zip(*dataset.samples, strict=True)
+        return ImageFiles([Path(path) for path in paths], numbers, dataset.classes)
     images, labels = getattr(dataset, "data", None), getattr(dataset, "targets", None)
     if not isinstance(images, (np.ndarray, torch.Tensor)) or labels is None:
         return dataset
@@ -151,6 +154,14 @@ def _torchvision(cls: type, root: str | None, train: bool, args: dict[str, Any])
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2).contiguous()
     return InMemory(images, labels.long(), dataset.classes)
+
+
+def _is_plain_folder(dataset: Any) -> bool:
+    """Whether it is an ImageFolder (as ImageNet is) that only reads its files."""
+    from torchvision.datasets.folder import DatasetFolder, default_loader
+
+    reads = type(dataset).__getitem__ is getattr(DatasetFolder, "__getitem__", None)
+    return reads and dataset.loader is default_loader and dataset.transforms is None
 
 
 def _numbered(dataset: Any) -> list[str]:
