@@ -291,7 +291,7 @@ def test_mistakes_are_one_sentence(npz: Path, options: Any, message: str) -> Non
         data.build(config(data={"name": "arrays", "root": str(npz)} | options))
 
 
-def test_targets_that_are_no_classes_are_refused_before_the_first_step(
+def test_targets_and_tasks_that_do_not_fit_to_mixtures_are_refused(
     small: list[str], here: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
@@ -299,6 +299,10 @@ def test_targets_that_are_no_classes_are_refused_before_the_first_step(
         "class Regression:\n    best = 'min eval/loss'\n"
         "    def loss(self, outputs, targets):\n        return (outputs[:, 0] - targets) ** 2\n"
         "    def metrics(self, outputs, targets):\n        return {}\n"
+        "from dist_train.tasks import Classification\n"
+        "class Hard(Classification):\n"
+        "    def loss(self, outputs, targets):\n"
+        "        return -outputs.log_softmax(1)[range(len(targets)), targets]\n"
     )
     job = [
         *small,
@@ -306,5 +310,9 @@ def test_targets_that_are_no_classes_are_refused_before_the_first_step(
         "data.target_transform=mine:half",
         "task.name=mine:Regression",
     ]
+    with pytest.raises(
+        UserError, match=r"'Hard' can't take outputs .* and targets \[\d+, 3\] of torch.float32"
+    ):
+        here(*small, "data.train_transform=[MixUp]", "task.name=mine:Hard")
     with pytest.raises(UserError, match="MixUp mix classes; they need a class for each image"):
         here(*job)

@@ -22,6 +22,7 @@ from dist_train.data.normalize import Normalization
 from dist_train.data.transforms import build, parsed
 
 TRIES = 10  # boxes that RandomErasing draws until one fits
+CACHED = 2**20  # bytes of images whose color a CPU changes at a time: they stay in its cache
 GREY = (0.2989, 0.587, 0.114)  # what red, green and blue add to a shade of grey
 
 Draw = Callable[[int], np.ndarray]  # so many numbers from 0 to below 1 for each sample, `[B, n]`
@@ -158,12 +159,20 @@ def jittered(images: torch.Tensor, transform: Any, draw: Draw) -> torch.Tensor:
     low, high = np.array([ranges[name] for name in names]).T
     drawn = draw(2 * len(names))
     order, factors = drawn[:, : len(names)].argsort(1), low + drawn[:, len(names) :] * (high - low)
-    for which in order.T:  # [B], at each place in the order
-        factor = factors[np.arange(len(which)), which]
-        table = np.stack([factor, names[which] == "contrast", names[which] == "saturation"])
-        factor, contrast, saturation = sent(table[..., None, None, None], images)
+    factors = np.take_along_axis(factors, order, 1)
+    kinds = names[order]
+    table = np.stack([factors, kinds == "contrast", kinds == "saturation"])  # [3, B, places in the order]
+    numbers = sent(table.transpose(2, 0, 1)[..., None, None, None], images)
+    some = len(images) if images.is_cuda else max(1, CACHED // images[0].nbytes)
+    pieces = zip(images.split(some), numbers.split(some, 2), strict=True)
+    return torch.cat([_blended(piece, places) for piece, places in pieces])
+
+
+def _blended(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Images `[B, C, H, W]`, at each of the `places` `[places, 3, B, 1, 1, 1]` mixed with something else."""
+    for factor, contrast, saturation in places:
         grey = images
-        if channels == 3:
+        if images.shape[1] == 3:
             red, green, blue = images.split(1, 1)
             grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
         other = contrast * grey.mean((1, 2, 3), keepdim=True) + saturation * grey
