@@ -1,26 +1,25 @@
 """How long a run stands still when a rank dies: from its SIGKILL to the next completed step.
 
-    python benchmarks/restart.py             # about two minutes on two cores; Linux
+    python benchmarks/restart.py             # some minutes on two cores; Linux
 
-The quickstart's network under `torchrun --max_restarts`, on two ranks with a checkpoint every 20 steps. One
-rank is killed, again and again; the launcher ends the other and starts both anew. What is reported are
-medians of the kills. The parts end at:
+The quickstart's network on two ranks, with a checkpoint every 20 steps, in turn under torchrun --max_restarts
+and under dist-train launch. Ranks are killed at random times:
 
-    the launcher          two new child processes of torchrun are there
-    Python, imports       both of them handle SIGHUP, as /proc tells: what `fit` does first
-    process group         the data set, a function of the job's own, is asked for: it writes the time
-    data, model           the model, a function of the job's own, is made
-    restore               the run's lock tells a new process: the state is filled from the checkpoint
-    first step            metrics.jsonl has a row of the new attempt
+    torchrun              one rank; the launcher ends the other and starts both anew
+    launch, all anew      both ranks at once, so that only the checkpoint is left: both are forked anew
+    launch, rank replaced one rank; another process takes its place, and the other goes on from its copy
+
+Told are the seconds until metrics.jsonl has a row of the new attempt, the steps that are done again, and the
+seconds of CPU that all processes took until then, which say more where others run beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
+import random
 import signal
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -39,29 +38,36 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from overhead import processor  # noqa: E402
 
-from dist_train.guard.lock import read as read_lock  # noqa: E402
-
-PARTS = ("the launcher", "Python, imports", "process group", "data, model", "restore", "first step")
 PATIENCE = 120.0
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=9 -m dist_train train",
+    "launch": "dist_train launch --nproc=2",
+}
+KILLS = {  # of each launcher: what is told of it, and which ranks are killed
+    "torchrun": {"torchrun, rank 0": [0], "torchrun, rank 1": [1]},
+    "launch": {
+        "launch, all anew": [0, 1],
+        "launch, rank 0 replaced": [0],
+        "launch, rank 1 replaced": [1],
+    },
+}
 JOB = """
-import os, time
-from dist_train.data.fashion_mnist import fashion_mnist
+import os
 from dist_train.models import mlp
 
-def tell(what):
-    with open("told.txt", "a") as file:
-        file.write(f"{os.getpid()} {what} {time.monotonic()}\\n")
-
-def data(train):
-    if train:
-        tell("data")
-    return fashion_mnist(train=train)
-
 def model(input_shape, num_classes):
-    made = mlp(input_shape, num_classes)
-    tell("model")
-    return made
+    with open("told.txt", "a") as file:
+        file.write(f"{os.environ['RANK']} {os.getpid()}\\n")
+    return mlp(input_shape, num_classes)
 """
+
+
+class Restart(NamedTuple):
+    """What a death cost."""
+
+    seconds: float
+    cpu_seconds: float
+    steps: int  # done again
 
 
 def until(find: Callable[[], Any], what: str) -> Any:
@@ -74,97 +80,115 @@ def until(find: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """torchrun with the job of two ranks; all it says goes to output.txt."""
+@contextlib.contextmanager
+def running(launcher: str, folder: Path) -> Any:
+    """The job under a launcher, in `folder`; all it says goes to output.txt."""
     (folder / "job.py").write_text(JOB)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words += ["--max_restarts=100", "-m", "dist_train", "train", str(ROOT / "configs/quickstart.yaml")]
-    words += ["data.name=job:data", "model.name=job:model", "device=cpu", "wandb.mode=disabled", "threads=1"]
-    words += ["train.epochs=1000", "checkpoint.every=20", "log.every=1", "run.name=restart"]
+    words = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(ROOT / "configs/quickstart.yaml")]
+    words += ["model.name=job:model", "device=cpu", "wandb.mode=disabled", "threads=1", "run.name=restart"]
+    words += ["train.epochs=1000", "checkpoint.every=20", "log.every=1", "eval.every=never"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "output.txt").open("wb") as output:
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output)
+    try:
+        until(lambda: newest_row(folder)["step"] > 50, "50 steps")
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        if sys.exc_info()[0]:
+            print((folder / "output.txt").read_text()[-3000:])
 
 
-def ranks(launcher: int) -> list[int]:
-    """The process ids of the living ranks, rank 0 first. (psutil's `children` compares times of birth.)"""
-    found = {}
-    for process in psutil.process_iter(["ppid", "status"]):
-        if process.info["ppid"] == launcher and process.info["status"] != psutil.STATUS_ZOMBIE:
-            with contextlib.suppress(psutil.Error, KeyError):
-                if "torch.distributed.run" not in process.cmdline():  # else forked, and not yet itself
-                    found[int(process.environ()["RANK"])] = process.pid
-    return [found[rank] for rank in sorted(found)]
-
-
-def newest_row(run: Path) -> dict[str, Any]:
+def newest_row(folder: Path) -> dict[str, Any]:
     """The last row of metrics.jsonl, without reading all of it again."""
-    with contextlib.suppress(OSError, ValueError, IndexError), (run / "metrics.jsonl").open("rb") as file:
+    path = folder / "runs/restart/metrics.jsonl"
+    with contextlib.suppress(OSError, ValueError, IndexError), path.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-        return json.loads(file.read().rsplit(b"\n", 2)[-2])
+        row: dict[str, Any] = json.loads(file.read().rsplit(b"\n", 2)[-2])
+        return row
     return {"step": 0, "attempt": 0}
 
 
-def handles(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    caught = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
-    return bool(int(caught, 16) >> (number - 1) & 1)
+def ranks(folder: Path) -> dict[int, int]:
+    """The process of each rank, as the job told last."""
+    return dict(map(int, line.split()) for line in (folder / "told.txt").read_text().splitlines())
 
 
-def told(folder: Path, what: str, pids: list[int]) -> list[float]:
-    """When these processes told this."""
-    lines = [line.split() for line in (folder / "told.txt").read_text().splitlines()]
-    return [float(when) for pid, name, when in lines if name == what and int(pid) in pids]
+def cpu_seconds(launcher: int) -> dict[int, float]:
+    """Seconds of CPU that the launcher and its processes have taken so far, by their ids."""
+    found = {}
+    for process in [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            found[process.pid] = sum(process.cpu_times()[:2])
+    return found
 
 
-def kill_one(run: Path, launcher: int, victim: int) -> list[float]:
-    """Kills a rank in the middle of its steps; seconds of each part until the next step is done."""
-    row = newest_row(run)
-    until(lambda: newest_row(run)["step"] > row["step"] + 200, "200 steps")
-    old = ranks(launcher)
+def kill(folder: Path, launcher: int, victims: list[int]) -> Restart:
+    """Kills ranks in the middle of their steps, and waits until a step of the next attempt is done."""
+    row, pids, before = newest_row(folder), ranks(folder), cpu_seconds(launcher)
     killed = time.monotonic()
-    os.kill(old[victim], signal.SIGKILL)
-    new = until(lambda: len(found := ranks(launcher)) == 2 and not {*found} & {*old} and found, "new ranks")
-    started = time.monotonic()
-    until(lambda: all(handles(pid, signal.SIGHUP) for pid in new), "handlers")
-    imported = time.monotonic()
-    until(lambda: (read_lock(run / "lock") or {}).get("pid") == new[0], "lock")
-    restored = time.monotonic()
-    until(lambda: newest_row(run)["attempt"] > row["attempt"], "step")
-    done = time.monotonic()
-    grouped = min(told(run.parents[1], "data", new))  # rank 0 reads first, the other waits for it
-    built = max(told(run.parents[1], "model", new))
-    marks = (killed, started, imported, grouped, built, restored, done)
-    return [after - before for before, after in itertools.pairwise(marks)]
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
+    until(lambda: newest_row(folder)["attempt"] > row["attempt"], "step")
+    seconds = time.monotonic() - killed
+    after = cpu_seconds(launcher)
+    spent = sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
+    rows = [json.loads(line) for line in (folder / "runs/restart/metrics.jsonl").open()]
+    old, new = ([r["step"] for r in rows if r["attempt"] == row["attempt"] + n] for n in (0, 1))
+    return Restart(seconds, spent, max(0, old[-1] + 1 - new[0]))
+
+
+def report(restarts: dict[str, list[Restart]]) -> list[str]:
+    """The table: minimum, median and maximum."""
+    lines = ["| killed | seconds to the next step | CPU seconds | steps done again |", "| --- " * 4 + "|"]
+    for name, values in restarts.items():
+        cells = []
+        for column, digits in zip(zip(*values, strict=True), (2, 2, 0), strict=True):
+            low, middle, high = min(column), statistics.median(column), max(column)
+            cells.append(f"{low:.{digits}f}, **{middle:.{digits}f}**, {high:.{digits}f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(restarts: dict[str, list[Restart]], path: Path) -> None:
+    """A point for each kill."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    for name in list(restarts)[::-1]:
+        seconds = [restart.seconds for restart in restarts[name]]
+        color = "tab:blue" if "launch" in name else "gray"
+        axis.plot(seconds, [name] * len(seconds), "o", color=color, alpha=0.6)
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds from SIGKILL to the next completed step")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Measures, prints the table and draws it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="kills of each rank")
-    rounds = parser.parse_args().rounds
-    kills: dict[int, list[list[float]]] = {0: [], 1: []}
-    with tempfile.TemporaryDirectory() as name:
-        run = Path(name) / "runs" / "restart"
-        launcher = start(Path(name))
-        try:
-            until(lambda: newest_row(run)["step"], "first step")
-            for _ in range(rounds):
-                for victim in kills:
-                    kills[victim].append(kill_one(run, launcher.pid, victim))
-                    print(f"rank {victim}:", " ".join(f"{s:.2f}" for s in kills[victim][-1]), flush=True)
-        finally:
-            launcher.terminate()
-            launcher.wait(PATIENCE)
-            if sys.exc_info()[0]:
-                print((Path(name) / "output.txt").read_text()[-3000:])
+    parser.add_argument("--rounds", type=int, default=5, help="kills of each kind")
+    parser.add_argument(
+        "--pause", type=float, default=8, help="seconds ahead of a kill, in which the reserve reads the data"
+    )
+    rounds, pause = (arguments := parser.parse_args()).rounds, arguments.pause
+    restarts: dict[str, list[Restart]] = {name: [] for kinds in KILLS.values() for name in kinds}
+    for number in range(1, rounds + 1):
+        for launcher in list(KILLS)[:: -1 if number % 2 else 1]:
+            with tempfile.TemporaryDirectory() as name, running(launcher, Path(name)) as pid:
+                for kind, victims in KILLS[launcher].items():
+                    time.sleep(pause + random.random())
+                    restarts[kind].append(kill(Path(name), pid, victims))
+                    print(f"round {number}: {kind} {restarts[kind][-1].seconds:.2f} s", flush=True)
     print(f"\n{processor()}, {os.cpu_count()} CPUs, torch {torch.__version__},", end=" ")
-    print(f"load average {os.getloadavg()[0]:.1f}\n")
-    print("| seconds | rank 0 was killed | rank 1 was killed |\n| --- | --- | --- |")
-    for part, *columns in zip(PARTS, *(zip(*kills[victim], strict=True) for victim in kills), strict=True):
-        print(f"| {part} | " + " | ".join(f"{statistics.median(column):.2f}" for column in columns) + " |")
-    totals = [statistics.median(map(sum, kills[victim])) for victim in kills]
-    print("| **to the next step** | " + " | ".join(f"**{total:.2f}**" for total in totals) + " |")
+    print(f"load average {os.getloadavg()[1]:.1f}; minimum, **median**, maximum of {rounds} kills\n")
+    print("\n".join(report(restarts)))
+    draw(restarts, Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

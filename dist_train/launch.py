@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+# With all that ranks import, also later on: DDP asks for torch._dynamo, which takes seconds.
+import torch._dynamo  # noqa: F401
 from torch.distributed import TCPStore
 
-import dist_train.train  # noqa: F401 # with all that it imports, before the first fork
+import dist_train.train  # noqa: F401
 from dist_train.cluster import board as boards
 from dist_train.cluster.board import Board
 from dist_train.guard.interrupt import SIGNALS
@@ -29,6 +31,7 @@ from dist_train.runtime import allowed_cpus
 
 FORWARDED = {getattr(signal, name) for name in SIGNALS}
 WATCHED = FORWARDED | {signal.SIGCHLD, signal.SIGALRM}
+SETTLE_SECONDS = 2  # ranks train for so long before a spare process takes its share of the CPUs
 END_SECONDS = 30  # for the others to end by themselves, when a rank has failed
 HOST = "127.0.0.1"
 
@@ -116,9 +119,11 @@ class Launcher:
             os.close(reads)
             self.spare = pid, writes
             return False
-        everyone = range(self.plan.processes)
-        while not self.board.are_ready(everyone) and not select.select([reads], [], [], 0.5)[0]:
+        since = time.monotonic()  # when not all ranks were in their loop
+        while time.monotonic() - since < SETTLE_SECONDS and not select.select([reads], [], [], 0.5)[0]:
             _end_without(self.pid)
+            if not self.board.are_ready(range(self.plan.processes)):
+                since = time.monotonic()
         with contextlib.suppress(Exception):  # whatever it is, the rank that it becomes meets it, too
             self.plan.prepare()
         while not select.select([reads], [], [], 1.0)[0]:
