@@ -218,9 +218,9 @@ def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoin
         guard.end_watch()
         if reason := guard.hang:  # a rank that hung has died, and this one has met with that
             raise RunError(reason) from error
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         if guard.lost_another(error):
             end = "running"  # there is a next attempt at once
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise
     finally:
         guard.end_watch()

@@ -31,6 +31,7 @@ class Guard:
         self._interrupt = Interrupt()
         self._board = boards.current
         self._generation = self._board.generation if self._board else 0
+        self._own_error: BaseException | None = None  # for which no other rank is to blame
         self._lock: Lock | None = None
         self._watchdog: Watchdog | None = None
         self.request = self._interrupt.request
@@ -107,11 +108,12 @@ class Guard:
 
         Raises RunError if another rank has failed for good.
         """
-        if not self._board or not isinstance(error, RuntimeError):
+        if not self._board or not isinstance(error, RuntimeError) or error is self._own_error:
             return False
         word = self._board.word(self._generation)
         if word == FAILED:
             raise RunError("another rank has failed, and this one can't go on without it") from error
+        self._own_error = None if word else error
         return word == REPLACED
 
     def meet_anew(self) -> None:

@@ -117,8 +117,6 @@ def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
     places = PLACES if every == "never" else PLACES | IN_A_SAVE
     finished = cli("launch", "--nproc", 2, "--no-spare", *job, "run.name=undisturbed")
     assert (finished.rc, "killed" in finished.err) == (0, False), finished
-    for rank in (0, 1):  # the launcher has imported what takes long: a rank imports next to nothing
-        assert len((tmp_path / f"imported-{rank}.txt").read_text().split()) < 30
     finished = cli("launch", "--nproc", 2, *job, "run.name=killed", env={"DIE": " ".join(places)})
     assert finished.rc == 0, finished
     assert set((tmp_path / "told.txt").read_text().split()) == places, finished
@@ -129,6 +127,17 @@ def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
     if every == "never":  # of a few steps each the copies in memory are all that there is
         assert finished.err.count("going on from the copy of the state in memory") == len(places) - 1
         assert read_status(tmp_path / "runs/killed")["lost_steps"] <= len(places), finished
+
+
+@pytest.mark.long
+def test_the_launcher_has_imported_what_takes_long(
+    run: Callable[..., Finished], job: list[str], tmp_path: Path
+) -> None:
+    """In a Python that has imported nothing before."""
+    finished = run("-m", "dist_train", "launch", "--nproc", 2, *job, "train.steps=2")
+    assert finished.rc == 0, finished
+    for rank in (0, 1):
+        assert len((tmp_path / f"imported-{rank}.txt").read_text().split()) < 30
 
 
 def test_the_other_rank_lives_on(

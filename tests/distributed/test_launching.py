@@ -49,6 +49,7 @@ def _launchers() -> dict[str, tuple[int, list[Any]]]:
             2,
             [_tool("torchrun"), "--standalone", "--nproc_per_node", "2", *module],
         ),
+        "dist-train launch": (2, [*module, "launch", "--nproc", "2"]),
     }
 
 
@@ -60,7 +61,7 @@ def test_each_launcher_runs_the_same_job(
     launcher: str, tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
 ) -> None:
     processes, command = _launchers()[launcher]
-    finished = run(*command, *TRAIN, cwd=tmp_path)
+    finished = run(*command, *(TRAIN[1:] if "launch" in launcher.split() else TRAIN), cwd=tmp_path)
     assert finished.rc == 0, finished
     assert finished.out.count("completed at step 20") == 1, finished
     assert f"{processes} process" in finished.err, finished
