@@ -7,10 +7,12 @@ Python's lock. What holds it, and what draws from global generators, needs proce
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -30,6 +32,7 @@ from dist_train.data.samples import Samples
 from dist_train.nested import map_tensors, tensors
 from dist_train.runtime import Runtime, allowed_cpus
 
+PR_SET_PDEATHSIG = 1
 FETCH_BYTES = 2**22  # of images in memory that are transformed at a time: they stay in the CPU's cache
 
 
@@ -143,7 +146,13 @@ atexit.register(setattr, _ending, "value", 1)
 
 
 def _start_worker(ending: Any, _: int) -> None:
-    """Workers outlive the signals that end a run: the main process stops them when it has saved."""
+    """Workers outlive the signals that end a run: the main process stops them when it has saved.
+
+    They don't outlive that process. On Linux they end with it; elsewhere they see after some seconds that it
+    was killed, and until then hold its connections open, so that the other ranks don't notice.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if ending.value:
