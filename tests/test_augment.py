@@ -57,7 +57,8 @@ def test_color_is_changed_as_torchvision_does_it_in_an_order_of_each_image(chann
     seen = images(80, channels)
     drawn = uniform(0, 0, np.arange(80), "color", 6)
     jitter = v2.ColorJitter(brightness=0.5, contrast=(0.2, 0.9), saturation=0.7)
-    ours = jittered(seen, jitter, lambda count: drawn[:, :count])
+    plain = torch.zeros(1), torch.ones(1)
+    ours = jittered(seen, jitter, lambda count: drawn[:, :count], *plain)
     changes = [
         v2.functional.adjust_brightness,
         v2.functional.adjust_contrast,
@@ -74,7 +75,11 @@ def test_color_is_changed_as_torchvision_does_it_in_an_order_of_each_image(chann
         assert torch.allclose(ours[row], expected, atol=2e-6), row
         orders.add(order)
     assert orders == set(itertools.permutations(range(count)))
-    assert torch.equal(jittered(seen, v2.ColorJitter(), lambda count: drawn[:, :count]), seen)
+    normal = jittered(
+        (seen - 0.4) / 0.3, jitter, lambda count: drawn[:, :count], plain[1] * 0.4, plain[1] * 0.3
+    )
+    assert torch.allclose(normal * 0.3 + 0.4, ours, atol=1e-5)
+    assert torch.equal(jittered(seen, v2.ColorJitter(), lambda count: drawn[:, :count], *plain), seen)
 
 
 def test_boxes_to_erase_are_spread_as_those_of_torchvision() -> None:

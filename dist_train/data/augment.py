@@ -109,14 +109,11 @@ class Augment:
             draw = partial(uniform, self.seed, part.epoch, part.indices, f"{name} {number}")
             if name == "ColorJitter":
                 mean, std = sent(self.mean, images), sent(self.std, images)
-                seen = torch.addcmul(mean, images, std)
-                images = (jittered(seen, transform, draw) - mean) / std
+                images = jittered(images, transform, draw, mean, std)
             else:
                 if len(transform.value) not in (1, images.shape[1]):
-                    given, needed = (
-                        counted(len(transform.value), "value"),
-                        counted(images.shape[1], "channel"),
-                    )
+                    given = counted(len(transform.value), "value")
+                    needed = counted(images.shape[1], "channel")
                     raise UserError(
                         f"data.train_transform: RandomErasing has {given}, but the images have {needed}."
                     )
@@ -142,10 +139,13 @@ class Augment:
         return (targets[:, None] == numbers).float()
 
 
-def jittered(images: torch.Tensor, transform: Any, draw: Draw) -> torch.Tensor:
+def jittered(
+    images: torch.Tensor, transform: Any, draw: Draw, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """Brightness, contrast and saturation of each image `[B, C, H, W]` changed, in an order of its own.
 
-    Each is a mixture with something else: black, the mean shade of grey, the shade of each pixel.
+    Each is a mixture with something else: black, the mean shade of grey, the shade of each pixel. Images are
+    normalized by `mean` and `std`.
     """
     channels = images.shape[1]
     if channels not in (1, 3):
@@ -165,19 +165,22 @@ def jittered(images: torch.Tensor, transform: Any, draw: Draw) -> torch.Tensor:
     numbers = sent(table.transpose(2, 0, 1)[..., None, None, None], images)
     some = len(images) if images.is_cuda else max(1, CACHED // images[0].nbytes)
     pieces = zip(images.split(some), numbers.split(some, 2), strict=True)
-    return torch.cat([_blended(piece, places) for piece, places in pieces])
+    return torch.cat([_blended(piece, places, mean, std) for piece, places in pieces])
 
 
-def _blended(images: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def _blended(
+    images: torch.Tensor, places: torch.Tensor, mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """Images `[B, C, H, W]`, at each of the `places` `[places, 3, B, 1, 1, 1]` mixed with something else."""
+    images = torch.addcmul(mean, images, std)
     for factor, contrast, saturation in places:
         grey = images
         if images.shape[1] == 3:
             red, green, blue = images.split(1, 1)
-            grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
-        other = contrast * grey.mean((1, 2, 3), keepdim=True) + saturation * grey
+            grey = (GREY[0] * red).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+        other = torch.addcmul(contrast * grey.mean((1, 2, 3), keepdim=True), saturation, grey)
         images = torch.lerp(other, images, factor).clamp_(0, 1)
-    return images
+    return images.sub_(mean).div_(std)
 
 
 def erased_boxes(shape: Sequence[int], transform: Any, draw: Draw) -> np.ndarray:
@@ -221,7 +224,7 @@ def mixed(
     others = sent(partners, images, torch.int64)
     if "MixUp" in alphas:
         own = sent(np.where(cuts, 1, share)[:, None, None, None], images)
-        blended = own * images + (1 - own) * images[others]
+        blended = torch.lerp(images[others], images, own)
     else:
         blended = images
     if "CutMix" in alphas:
