@@ -138,10 +138,8 @@ def _crop(images: torch.Tensor, drawn: np.ndarray, transform: Any) -> torch.Tens
 
 def _flip(images: torch.Tensor, drawn: np.ndarray, dim: int, p: float) -> torch.Tensor:
     chosen = drawn[:, 0] < p
-    if not chosen.any():
-        return images
-    if chosen.all():
-        return images.flip(dim)
+    if len(chosen) == 1:
+        return images.flip(dim) if chosen[0] else images
     return torch.where(torch.from_numpy(chosen)[:, None, None, None], images.flip(dim), images)
 
 
