@@ -232,6 +232,22 @@ def profile(
 
 
 @app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER|CSV", help="What holds or lists the images.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the shards.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[data.args.KEY=VALUE...]")] = None,
+    size: Annotated[float, typer.Option(min=0.01, help="Megabytes of a shard.")] = 64,
+    seed: Annotated[int, typer.Option(help="Chooses how training images are mixed.")] = 0,
+) -> None:
+    """Write images as shards, tar files with an index, to train from a disk or an object store."""
+    from dist_train.tools import shard as sharding
+
+    for line in sharding.make(source, out, overrides or [], int(size * 1e6), seed):
+        print(line)
+    print(f"written: {out}")
+
+
+@app.command()
 def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],

@@ -29,7 +29,7 @@ LAYERS = """
     guard
     models optim checkpoint
     flops
-    nested rows gpt
+    nested rows gpt fetch
     runtime
     tree
     record console

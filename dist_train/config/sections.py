@@ -22,10 +22,10 @@ class DataConfig:
 
     name: str = option(
         "fashion_mnist",
-        "fashion_mnist, image_folder, csv, arrays, image_masks, text, a class of torchvision.datasets, or "
-        "`package.module:object`.",
+        "fashion_mnist, image_folder, csv, arrays, image_masks, text, shards, a class of "
+        "torchvision.datasets, or `package.module:object`.",
     )
-    root: str | None = option(None, "Folder of the data set.", may_change=True)
+    root: str | None = option(None, "Folder of the data set; of shards also a URL.", may_change=True)
     args: dict[str, Any] = option({}, "Further arguments of the source; checked against its signature.")
     train_transform: list[Any] | None = option(
         None,
@@ -68,6 +68,19 @@ class DataConfig:
         "What happens to an image that can't be read. skip: another one takes its place in training, "
         "evaluation leaves it out, and bad_samples.jsonl lists it.",
         choices=("stop", "skip"),
+        may_change=True,
+    )
+    download_dir: str | None = option(
+        None,
+        "Folder on this machine for the shards that are fetched from a URL, shared by all its processes; "
+        "null: one of yours among the temporary files.",
+        may_change=True,
+    )
+    download_gb: float = option(
+        20.0,
+        "So many GB it may hold; what was not used for longest is deleted first.",
+        least=0,
+        most_from_file=1000,
         may_change=True,
     )
     drop_last: bool = option(False, "Leave out the last, short global batch of each epoch.")

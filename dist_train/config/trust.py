@@ -26,7 +26,7 @@ CLASSES = {
 }
 # Data sets that neither unpack nor unpickle what they find, and whether they would download.
 SOURCES = dict.fromkeys(
-    ("image_folder", "image_masks", "text", "csv", "arrays", "FakeData", "ImageFolder"), False
+    ("image_folder", "image_masks", "text", "csv", "arrays", "shards", "FakeData", "ImageFolder"), False
 ) | dict.fromkeys(
     ("fashion_mnist", "FashionMNIST", "MNIST", "KMNIST", "CIFAR10", "CIFAR100", "STL10", "SVHN"), True
 )
@@ -123,7 +123,11 @@ def _objections(config: Config) -> Iterator[tuple[str, str]]:
             yield key, f"{value:,} is more than a file from elsewhere may ask for ({rule.most_from_file:,})"
     if "root" in config.data.args:
         yield "data.args.root", "it would take the place of data.root"
+    if config.data.download_dir:
+        yield "data.download_dir", "files would be written and deleted in a folder that the file names"
     source = config.data.name
+    if source == "shards" and "://" in (config.data.root or ""):
+        yield "data.root", "the file says where it would be fetched from, with the keys of whoever reads it"
     if ":" not in source and source not in SOURCES:
         yield "data.root", f"{source} may unpack or unpickle what lies in a folder that the file names"
 

@@ -8,6 +8,8 @@
     geometry.py    crops, flips and sizes         decode.py      JPEGs to pixels
     augment.py     what is done to batches there  normalize.py   pixels to numbers
     cache.py       images decoded once
+    shards.py      images in tar files            windows.py     their order
+    remote.py      files behind a URL
 
 `build` is the face of the package.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.labels import Labels
 from dist_train.data.loader import described, make_loader, recorded
 from dist_train.data.order import DistributedSampler, EvalSampler, Order, Part, steps_per_epoch
+from dist_train.data.remote import Downloads
 from dist_train.data.samples import Samples
 from dist_train.data.source import Source, View
 from dist_train.data.sources import open_source
@@ -84,7 +88,12 @@ class Data:
         """Which samples each step reads."""
         options = config.data
         return Order(
-            len(self.train), config.train.batch_size, config.seed, options.shuffle, options.drop_last
+            len(self.train),
+            config.train.batch_size,
+            config.seed,
+            options.shuffle,
+            options.drop_last,
+            self.train.source.groups(),
         )
 
     def train_loader(
@@ -97,7 +106,8 @@ class Data:
         """
         parts, size = _parts(config, runtime, parts)
         order = self.order(config)
-        sampler = DistributedSampler(order, range(start, stop), parts, runtime.rank, runtime.world_size)
+        steps, soon = range(start, stop), self.train.source.soon
+        sampler = DistributedSampler(order, steps, parts, runtime.rank, runtime.world_size, soon)
         return make_loader(self.train, sampler, config, runtime, _bytes(size, self.train_shape))
 
     def train_feed(
@@ -110,7 +120,10 @@ class Data:
     def eval_loader(self, config: Config, runtime: Runtime, parts: int | None = None) -> Iterable[Batch]:
         """This rank's share of the eval set, each sample once."""
         size = config.eval.batch_size or 4 * _parts(config, runtime, parts)[1]
-        sampler = EvalSampler(len(self.eval), size, runtime.rank, runtime.world_size)
+        source = self.eval.source
+        sampler = EvalSampler(
+            len(self.eval), size, runtime.rank, runtime.world_size, source.groups(), source.soon
+        )
         return make_loader(self.eval, sampler, config, runtime, _bytes(size, self.sample_shape))
 
 
@@ -128,9 +141,12 @@ def opened(config: Config, train_data: Any = None, eval_data: Any = None) -> tup
     """
     options = config.data
     if train_data is None:
-        train_data = open_source(options.name, options.root, True, options.args)
+        opening = partial(
+            open_source, options.name, options.root, args=options.args, downloads=_downloads(config)
+        )
+        train_data = opening(train=True)
         if eval_data is None and not options.eval_fraction:
-            eval_data = open_source(options.name, options.root, False, options.args)
+            eval_data = opening(train=False)
     return train_data, eval_data
 
 
@@ -192,6 +208,12 @@ def build(config: Config, train_data: Any = None, eval_data: Any = None) -> Data
         for samples in (evaluation, train)
     )
     return Data(train, evaluation, classes, shape, train_shape, notes)
+
+
+def _downloads(config: Config) -> Downloads:
+    """Where what a URL holds is kept; an object is given up before other ranks, or the watchdog, give up."""
+    least = min(filter(None, (config.timeout_seconds, config.watchdog_seconds)))
+    return Downloads(config.data.download_dir, int(config.data.download_gb * 1e9), least / 4)
 
 
 def first_batch(samples: Samples) -> Batch:

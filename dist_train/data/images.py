@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's word for so many channels
 
 class BadSample(UserError):
     """A sample that is missing or no readable image."""
+
+    lost = 1  # so many samples in a row may be unreadable for the same reason,
+    whole = ""  # which are those of the file of this name
 
 
 class InMemory(Dataset):
@@ -101,27 +105,41 @@ def read_image(path: Path, channels: int = 3) -> torch.Tensor:
 
     Raises BadSample, naming the file, if it is no image, or none whose white is known.
     """
+    shown = as_text(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise BadSample(f"{shown}: there is no such image file.") from None
+    except OSError as error:
+        raise _bad(shown, error) from None
+    return decode(data, shown, channels)
+
+
+def decode(data: bytes, shown: str, channels: int = 3) -> torch.Tensor:
+    """The same of the bytes of a file that has the name `shown` in messages."""
     from PIL import Image
 
-    shown = as_text(path)
     if channels not in MODES:
         raise UserError(f"{shown}: an image file is read with 1, 3 or 4 channels, not {channels}.")
     try:
-        pixels = decode_jpeg(bytearray(path.read_bytes()), channels)
+        pixels = decode_jpeg(bytearray(data), channels)
         if pixels is not None:
             return pixels
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(data)) as image:
             if image.mode == "F" or image.mode.startswith("I"):
                 return _deep(image, channels)
             if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
                 image = image.convert("RGBA")
             values = np.array(image.convert(MODES[channels]))
             return torch.from_numpy(values.reshape(*values.shape[:2], channels)).permute(2, 0, 1)
-    except FileNotFoundError:
-        raise BadSample(f"{shown}: there is no such image file.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSample(f"{shown}: not a readable image ({reason}).") from None
+        raise _bad(shown, error) from None
+
+
+def _bad(shown: str, error: Exception) -> BadSample:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason.partition(" <")[0]  # not where in memory it is
+    return BadSample(f"{shown}: not a readable image ({reason}).")
 
 
 def shrunk(image: torch.Tensor, shorter: int | None) -> torch.Tensor:
@@ -158,7 +176,7 @@ def image_paths(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def as_text(path: Path) -> str:
+def as_text(path: Path | str) -> str:
     """A path for messages and records: of its bytes those that are no UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 

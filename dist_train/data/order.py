@@ -6,13 +6,14 @@ run goes on from any step at once. Imports only the runtime's keyed seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dist_train.data.permutation import permuted
+from dist_train.data.windows import Groups, Windows
 from dist_train.seeds import generator, key
 
 # From so many samples on, an order in each rank's memory (8 bytes a sample) and the pause to shuffle it cost
@@ -40,12 +41,20 @@ class Order:
         seed: with the epoch it determines the order.
         shuffle: a new order in each epoch, or always 0, 1, 2, ...
         drop_last: leave out a last, short global batch.
+        groups: in which the samples lie; a few of them are read at a time.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int = 0, shuffle: bool = True, drop_last: bool = False
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        groups: Groups | None = None,
     ) -> None:
         self.length, self.batch_size, self.seed, self.shuffle = length, batch_size, seed, shuffle
+        self.windows = None if groups is None else Windows(groups, seed, shuffle)
         self.steps_per_epoch = steps_per_epoch(length, batch_size, drop_last)
         self._epoch, self._positions = -1, np.empty(0, np.int64)
 
@@ -54,6 +63,8 @@ class Order:
         last = self.length if last is None else min(last, self.length)
         if not self.shuffle:
             return np.arange(first, last)
+        if self.windows is not None:
+            return self.windows.positions(epoch, first, last)
         seed = key(self.seed, "order", epoch)
         if self.length >= LONG:
             return permuted(self.length, seed, first, last)
@@ -63,6 +74,12 @@ class Order:
                 torch.randperm(self.length, generator=generator(seed)).numpy(),
             )
         return self._positions[first:last]
+
+    def window(self, step: int) -> tuple[int, int]:
+        """Which one holds the first sample of a step, as (epoch, number); only of samples in groups."""
+        assert self.windows is not None
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        return self.windows.at(epoch, batch * self.batch_size)
 
     def global_batch(self, step: int) -> np.ndarray:
         """The positions `[G]` of all samples of a step."""
@@ -99,19 +116,30 @@ class DistributedSampler:
         steps: optimizer steps, counted over all epochs.
         parts: into which each global batch is cut; rank r of W computes the r-th P / W of them.
         rank, world_size: this process among all.
+        soon: told which groups of samples come next, in their order, whenever that changes.
     """
 
     def __init__(
-        self, order: Order, steps: range, parts: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        order: Order,
+        steps: range,
+        parts: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        soon: Callable[[Iterator[int]], None] | None = None,
     ) -> None:
-        self.order, self.steps, self.parts = order, steps, parts
+        self.order, self.steps, self.parts, self.soon = order, steps, parts, soon
         self.mine = range(rank * parts // world_size, (rank + 1) * parts // world_size)
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
+        told = None
         for step in self.steps:
+            if self.soon and self.order.windows and told != (window := self.order.window(step)):
+                self.soon(self.order.windows.ahead(*window))
+                told = window
             yield from self.order.parts(step, self.parts, self.mine)
 
 
@@ -120,17 +148,31 @@ class EvalSampler:
     them; nothing is padded.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Groups | None = None,
+        soon: Callable[[Iterator[int]], None] | None = None,
+    ) -> None:
         batches = -(-length // batch_size)
         self.length, self.batch_size = length, batch_size
+        self.groups, self.soon = groups, soon
         self.mine = range(batches * rank // world_size, batches * (rank + 1) // world_size)
 
     def __len__(self) -> int:
         return len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
+        told = None
         for number in self.mine:
             first = number * self.batch_size
+            if self.soon and self.groups and told != (group := self.groups.of(first)):
+                last = self.groups.of(min(self.mine.stop * self.batch_size, self.length) - 1)
+                self.soon(iter(range(group, last + 1)))
+                told = group
             indices = np.arange(first, min(first + self.batch_size, self.length))
             yield Part(0, 0, indices, len(indices), len(indices), number)
 

@@ -29,6 +29,7 @@ from dist_train.seeds import seed_sample
 
 UNREADABLE = (BadSample, OSError, SyntaxError)  # the latter two are PIL's
 MOST_BAD = 100  # in a row: then it isn't the samples
+MOST_BAD_GROUPS = 3  # that are lost as a whole, likewise
 
 
 class Samples(Dataset[Any]):
@@ -141,25 +142,33 @@ class Samples(Dataset[Any]):
             except UNREADABLE as error:
                 if self.on_bad == "stop":
                     raise
-                bad.append((self.name(index), str(error)))
+                bad.append(self.unread(index, error))
                 if self.on_bad == "replace":
-                    samples.append(self.readable(index + 1, part.epoch, bad))
+                    after = index + getattr(error, "lost", 1)
+                    samples.append(self.readable(after, part.epoch, bad))
         return samples, bad
 
     def readable(self, index: int, epoch: int, bad: list[tuple[str, str]] | None = None) -> tuple[Any, Any]:
         """The first sample from `index` on that can be read; those before it are added to `bad`.
 
-        Raises UserError where too many in a row can't be read.
+        Where a whole group of samples is lost, goes on beyond it. Raises UserError where too many in a row
+        can't be read.
         """
-        for tried in range(index, index + MOST_BAD):
-            place = tried % len(self)
+        tried = groups = 0
+        while tried < MOST_BAD and groups < MOST_BAD_GROUPS:
+            place = index % len(self)
             try:
                 return self.prepared(place, epoch)
             except UNREADABLE as error:
-                last = str(error)
+                last, lost = str(error), getattr(error, "lost", 1)
                 if bad is not None:
-                    bad.append((self.name(place), last))
-        raise UserError(f"{last} Nor could any of the {MOST_BAD - 1} samples before it be read.")
+                    bad.append(self.unread(place, error))
+            index, tried, groups = index + lost, tried + 1, groups + (lost > 1)
+        raise UserError(f"{last} Nor could any of the {tried - 1} samples before it be read.")
+
+    def unread(self, index: int, error: Exception) -> tuple[str, str]:
+        """What can't be read, a sample or all that lies with it, and why."""
+        return getattr(error, "whole", "") or self.name(index), str(error)
 
     def name(self, index: int) -> str:
         """The path of a sample's file, or its number where there is none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from dist_train.data.windows import Groups
+
 
 class Source(Protocol):
     """A data set. `__len__` and `__getitem__` suffice, all else may be missing.
 
     A subclass that gives other samples than its base, by a `__getitem__` of its own, takes over none of
-    `all_labels`, `read_many` and `in_threads`.
+    `all_labels`, `read_many`, `groups`, `soon` and `in_threads`.
     """
 
     classes: Sequence[str]  # the names of the classes, by their numbers
@@ -36,8 +38,8 @@ class Source(Protocol):
         """
         ...
 
-    def path(self, index: int) -> Path:
-        """The file of a sample, for messages and records."""
+    def path(self, index: int) -> Path | str:
+        """The file of a sample, or what else tells where it is, for messages and records."""
         ...
 
     def all_labels(self) -> torch.Tensor:
@@ -48,6 +50,17 @@ class Source(Protocol):
         """Inputs and targets of the samples `index` `[B]` at once, as a batch has them.
 
         Only for samples in memory that are the same each time. No worker processes are needed for them.
+        """
+        ...
+
+    def groups(self) -> Groups:
+        """How samples lie together, where it costs less to read those that do at one time."""
+        ...
+
+    def soon(self, groups: Iterator[int]) -> None:
+        """Hears which groups will be read next, in this order, so that they may be fetched.
+
+        Comes from the process that trains, not from its workers; a group may come twice.
         """
         ...
 
@@ -65,6 +78,7 @@ class View:
         self.is_images = bool(getattr(source, "is_images", True))
         self.can_read_many = self._own("read_many") is not None
         self.in_threads = bool(self._own("in_threads"))
+        self.soon = self._own("soon")  # (groups: Iterator[int]) -> None
 
     def __len__(self) -> int:
         return len(self.whole if self.positions is None else self.positions)
@@ -72,7 +86,7 @@ class View:
     def __getitem__(self, index: int) -> Any:
         return self.whole[self._position(index)]
 
-    def path(self, index: int) -> Path | None:
+    def path(self, index: int) -> Path | str | None:
         """The file of a sample, if there is one."""
         path = getattr(self.whole, "path", None)
         return path(self._position(index)) if callable(path) else None
@@ -91,6 +105,17 @@ class View:
             index if self.positions is None else torch.from_numpy(self.positions)[index]
         )
         return inputs, targets
+
+    def groups(self) -> Groups | None:
+        """How samples lie together, if they do; nothing of it is left in an order of the user's own."""
+        method = self._own("groups")
+        groups: Groups | None = method() if method else None
+        if groups is None or self.positions is None:
+            return groups
+        if (np.diff(self.positions) <= 0).any():
+            return None
+        bounds = np.concatenate([[0], np.cumsum(groups.sizes)])
+        return groups._replace(sizes=np.diff(np.searchsorted(self.positions, bounds)))
 
     def _position(self, index: int) -> int:
         return index if self.positions is None else int(self.positions[index])

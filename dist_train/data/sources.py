@@ -1,4 +1,4 @@
-"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, masks, text, the user's own.
+"""Data sets by name: Fashion-MNIST, torchvision's, folders, CSV files, arrays, masks, text, shards, your own.
 
 A source is a function of (root, train, ...) that returns a map-style data set of (image, label) with
 `classes`, the list of class names; or None where there is no evaluation part.
@@ -28,6 +28,8 @@ from dist_train.data.images import (
     near_path,
 )
 from dist_train.data.masks import image_masks
+from dist_train.data.remote import Downloads
+from dist_train.data.shards import shards
 from dist_train.data.text import text
 
 # --- sources by name: each takes (root, train, ...) and returns a data set, or None without an eval set
@@ -95,13 +97,16 @@ SOURCES: dict[str, Callable[..., Any]] = {
     "arrays": arrays,
     "image_masks": image_masks,
     "text": text,
+    "shards": shards,
 }
 
 
-def open_source(name: str, root: str | None, train: bool, args: dict[str, Any]) -> Any:
+def open_source(
+    name: str, root: str | None, train: bool, args: dict[str, Any], downloads: Downloads | None = None
+) -> Any:
     """The training or evaluation part of the data set `name`; None if it has no evaluation part."""
     if name in SOURCES:
-        return construct(SOURCES[name], args, "data.args", root=root, train=train)
+        return construct(SOURCES[name], args, "data.args", root=root, train=train, downloads=downloads)
     if ":" in name:
         function = import_object(name, "data.name")
         return construct(
