@@ -1,4 +1,4 @@
-"""Models by name: two of our own, torchvision's, timm's, and the user's. Imports only the configuration."""
+"""Models by name: our own, torchvision's, timm's, and the user's. Imports only the configuration."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
+from dist_train.cnn import cnn
 from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.gpt import GPT
 from dist_train.nested import tensors
@@ -38,42 +39,6 @@ def mlp(
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers, nn.Linear(widths[-1], num_classes))
-
-
-def cnn(
-    in_channels: int = 1,
-    num_classes: int = 10,
-    widths: Sequence[int] = (32, 64, 128),
-    dropout: float = 0.0,
-) -> nn.Module:
-    """A small, fast network: each stage halves the image, all but the first end with a residual convolution.
-
-    `[B, C, H, W]`, H and W at least 2 ** len(widths) -> `[B, K]`. Shortcuts: He et al., 2016.
-    """
-    layers: list[nn.Module] = []
-    before = in_channels
-    for stage, width in enumerate(widths):
-        # Pooling before BatchNorm and ReLU: a quarter of their work, the same maxima.
-        layers += [_convolution(before, width), nn.MaxPool2d(2), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        if stage:  # in the first one images are large and convolutions dear
-            layers.append(Residual(_convolution(width, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)))
-        before = width
-    # Not one mean per channel but nine: where something is tells a sleeve from a collar.
-    layers += [nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout)]
-    return nn.Sequential(*layers, nn.Linear(9 * before, num_classes))
-
-
-class Residual(nn.Sequential):
-    """Layers whose output is added to their input."""
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[B, C, H, W]` -> the same shape."""
-        output: torch.Tensor = inputs + super().forward(inputs)
-        return output
-
-
-def _convolution(before: int, after: int) -> nn.Conv2d:
-    return nn.Conv2d(before, after, 3, padding=1, bias=False)
 
 
 class UNet(nn.Module):
@@ -112,7 +77,8 @@ def unet(in_channels: int = 1, num_classes: int = 10, widths: Sequence[int] = (1
 def _convolutions(before: int, after: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for width in (before, after):
-        layers += [_convolution(width, after), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        layers += [nn.Conv2d(width, after, 3, padding=1, bias=False), nn.BatchNorm2d(after)]
+        layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dist_train.config import Config, Every, UserError, construct, counted, import_object, nearest
+from dist_train.muon import Muon, split
 from dist_train.rows import is_sharded, local
 
 
@@ -21,37 +22,18 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     Each of its groups of weights keeps its own rate, which the schedule scales, as `initial_lr`. Raises
     UserError for an unknown name, wrong arguments, or a model with nothing to train.
     """
-    name = config.optim.name
-    if ":" in name:
-        cls = import_object(name, "optim.name")
-    else:
-        known = [
-            item
-            for item, value in vars(torch.optim).items()
-            if isinstance(value, type)
-            and issubclass(value, torch.optim.Optimizer)
-            and item not in ("Optimizer", "LBFGS", "SparseAdam")  # need closures, sparse gradients
-        ]
-        if name not in known:
-            raise UserError(
-                f"optim.name: torch.optim has no optimizer '{name}' that works with this loop"
-                f"{nearest(name, known)}."
-            )
-        cls = getattr(torch.optim, name)
+    name, args = config.optim.name, dict(config.optim.args)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if not weights:
         raise UserError(f"model.name: '{config.model.name}' has no weights to train.")
-    args = dict(config.optim.args)
     for position in ("params", "lr"):
         if position in args:
             raise UserError(f"optim.args.{position}: set optim.lr; the weights are given already.")
-    if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
-        # One kernel for all weights. Not with fp16, whose scaler must see every step.
-        fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
-        if is_sharded(weights[0]):  # of shards torch's Adams alone have one
-            fits = fits and issubclass(cls, (torch.optim.Adam, torch.optim.AdamW))
-        args |= {"fused": True} if fits and weights[0].device.type in ("cpu", "cuda") else {}
-    optimizer = construct(partial_named(cls, weights), args, "optim.args", lr=config.optim.lr)
+    if name == "Muon":
+        weights, others = split(model)
+        args["rest"] = _rest(config, args.get("rest", {"AdamW": {}}), others)
+    own = import_object(name, "optim.name") if ":" in name else None
+    optimizer = _make(config, own or _named(name, "optim.name"), weights, args, "optim.args")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim.name: '{name}' made a {type(optimizer).__name__}, no optimizer of torch.")
     for group in optimizer.param_groups:
@@ -59,6 +41,45 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         if not (math.isfinite(rate) and rate >= 0):
             raise UserError(f"optim.lr: the rate of a group of weights of '{name}' is {rate}.")
     return optimizer
+
+
+def _rest(config: Config, named: Any, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """What steps the weights that Muon leaves alone, named as `{name: {argument: value}}`."""
+    key = "optim.args.rest"
+    if not isinstance(named, dict) or len(named) != 1:
+        raise UserError(f"{key}: write the optimizer of all other weights as `{{AdamW: {{lr: 0.001}}}}`.")
+    ((name, args),) = named.items()
+    return _make(config, _named(str(name), key), weights, args or {}, f"{key}.{name}")
+
+
+def _named(name: str, key: str) -> Any:
+    """The class of this name in torch.optim; but our own Muon, which takes convolutions, too."""
+    if name == "Muon":
+        return Muon
+    known = [
+        item
+        for item, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and item not in ("Optimizer", "LBFGS", "SparseAdam")  # need closures, sparse gradients
+    ]
+    if name not in known:
+        raise UserError(
+            f"{key}: torch.optim has no optimizer '{name}' that works with this loop{nearest(name, known)}."
+        )
+    return getattr(torch.optim, name)
+
+
+def _make(config: Config, cls: Any, weights: list[nn.Parameter], args: dict[str, Any], key: str) -> Any:
+    """An optimizer of these weights, with the rate of the configuration unless it is among `args`."""
+    if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
+        # One kernel for all weights. Not with fp16, whose scaler must see every step.
+        fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
+        if weights and is_sharded(weights[0]):  # of shards torch's Adams alone have one
+            fits = fits and issubclass(cls, (torch.optim.Adam, torch.optim.AdamW))
+        fused = fits and weights[0].device.type in ("cpu", "cuda")
+        args = args | ({"fused": True} if fused else {})
+    return construct(partial_named(cls, weights), args, key, lr=config.optim.lr)
 
 
 def partial_named(

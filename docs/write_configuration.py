@@ -112,6 +112,7 @@ def page() -> str:
     named: list[tuple[str, dict[str, Callable[..., Any]]]] = [
         ("data.name` and `data.args", sources.SOURCES),
         ("model.name` and `model.args", models.MODELS),
+        ("optim.name` and `optim.args", {"Muon": optim.Muon}),
         ("schedule.name` and `schedule.args", optim.SCHEDULES),
         ("task.name` and `task.args", TASKS),
     ]
@@ -149,7 +150,7 @@ def _number(value: float) -> str:
 
 def _row(name: str, function: Callable[..., Any]) -> str:
     """A function by its own arguments; those that the program gives are left out."""
-    given = ("root", "train", "input_shape", "in_channels", "num_classes", "t")
+    given = ("root", "train", "input_shape", "in_channels", "num_classes", "matrices", "lr", "t")
     arguments = [
         f"`{p.name}`" if p.default is p.empty else f"`{p.name}: {_yaml(p.default)}`"
         for p in inspect.signature(function).parameters.values()

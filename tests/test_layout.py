@@ -28,7 +28,7 @@ LAYERS = """
     data
     guard
     models optim checkpoint
-    flops
+    flops muon cnn
     nested rows gpt fetch
     runtime
     tree

@@ -141,6 +141,20 @@ def test_images_too_small_for_a_model_are_told_with_their_shape() -> None:
     assert model.training  # left as it was
 
 
+def test_a_mirrored_cnn_gives_in_evaluation_the_same_for_an_image_and_its_mirror_image() -> None:
+    torch.manual_seed(0)
+    plain, mirrored = (models.build("cnn", {"widths": [4, 8], "mirror": m}, (3, 8, 8), 5) for m in (0, 1))
+    mirrored.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(plain(images), mirrored(images))  # in training
+        plain.eval(), mirrored.eval()
+        outputs = mirrored(images)
+        assert torch.allclose(outputs, (plain(images) + plain(images.flip(-1))) / 2)
+        assert torch.allclose(outputs, mirrored(images.flip(-1)))
+        assert not torch.allclose(outputs, plain(images), atol=1e-3)
+
+
 # --- the summary -------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from dist_train import optim
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.config.options import OBJECT
 from dist_train.config.schema import each_key
+from dist_train.gpt import GPT
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_attempts, read_metrics
 from tests.distributed.ranks import equal, last, same_bits
@@ -216,8 +217,7 @@ def test_the_rate_in_the_record_is_the_one_that_was_used(
 @pytest.mark.parametrize("name", optimizers())
 def test_every_optimizer_of_torch_takes_a_step_or_is_refused(name: str) -> None:
     torch.manual_seed(0)
-    matrices = name == "Muon"  # it takes nothing else
-    model = nn.Sequential(nn.Linear(6, 5, bias=not matrices), nn.Tanh(), nn.Linear(5, 3, bias=not matrices))
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     config = from_mapping({"optim": {"name": name, "lr": 0.01}, "train": {"steps": 1}})
     if name in ("LBFGS", "SparseAdam"):  # needs closures; needs sparse gradients
         with pytest.raises(UserError, match=f"optim.name: .*'{name}'"):
@@ -236,6 +236,65 @@ def test_every_optimizer_of_torch_takes_a_step_or_is_refused(name: str) -> None:
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
     assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True))
+
+
+def test_muon_makes_steps_of_hidden_matrices_orthogonal_and_another_optimizer_does_the_rest() -> None:
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(2, 6, 3), nn.Linear(6, 3)
+    model = nn.Sequential(first, nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+    args = {"rest": {"SGD": {"lr": 0.5, "momentum": 0.9}}}
+    config = from_mapping({"optim": {"name": "Muon", "lr": 0.1, "args": args}, "train": {"steps": 1}})
+    optimizer = optim.build(config, model)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    nn.functional.cross_entropy(model(torch.randn(8, 2, 5, 5)), torch.arange(8) % 3).backward()
+    gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+    optim.scale_lr(optimizer, 0.5)
+    optimizer.step()
+    moved = [old - new for new, old in zip(model.parameters(), before, strict=True)]
+    u, s, v = torch.linalg.svd(moved[0].detach().flatten(1) / 0.05, full_matrices=False)
+    assert s.min() > 0.5 and s.max() < 1.3
+    nearest = torch.linalg.svd(gradients[0].flatten(1), full_matrices=False)
+    assert torch.allclose(u @ v, nearest.U @ nearest.Vh, atol=1e-3)
+    for step, gradient in zip(moved[1:], gradients[1:], strict=True):  # SGD's first step
+        assert torch.allclose(step, 0.25 * gradient, atol=1e-6)
+
+
+def test_a_run_by_muon_goes_on_exactly(here: Callable[..., Any], small: list[str], tmp_path: Path) -> None:
+    words = [*small, "optim.name=Muon", "optim.args.rest={SGD: {lr: 0.05, momentum: 0.9}}", "log.every=1"]
+    here(*words, "run.name=whole")
+    here(*words, "checkpoint.every=5")
+    (tmp_path / "runs/run/checkpoints/step-00000012.pt").unlink()
+    here(*words, "checkpoint.every=5")
+    assert read_attempts(tmp_path / "runs/run")[-1]["step"] == 10
+    assert same_bits(last(tmp_path), last(tmp_path, "whole"))
+    state = last(tmp_path)["optimizer"]["state"]
+    assert len(state) == len(last(tmp_path)["model"])  # a momentum for each weight
+
+
+def test_muon_leaves_tables_and_outputs_to_the_other_optimizer() -> None:
+    model = GPT(num_classes=11, input_shape=(8,), depth=2, heads=2, width=4)
+    hidden, rest = optim.build(
+        from_mapping({"optim": {"name": "Muon"}, "train": {"steps": 1}}), model
+    ).param_groups
+    assert len(hidden["params"]) == 2 * 4 - 1
+    assert {id(model.symbols.weight), id(model.positions.weight)} < {id(weight) for weight in rest["params"]}
+    assert len(hidden["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("rest", "told"),
+    [
+        ("AdamW", "optim.args.rest: write the optimizer"),
+        ({"AdamW": {}, "SGD": {}}, "optim.args.rest: write the optimizer"),
+        ({"Adamw": {}}, r"optim.args.rest: torch.optim has no .*'Adamw'.*did you mean 'AdamW'"),
+        ({"os:system": {}}, "optim.args.rest: torch.optim has no"),
+        ({"SGD": {"momentun": 0.9}}, "optim.args.rest.SGD.momentun: SGD has no such argument"),
+    ],
+)
+def test_a_mistake_in_the_rest_of_muon_is_told(rest: Any, told: str) -> None:
+    config = from_mapping({"optim": {"name": "Muon", "args": {"rest": rest}}, "train": {"steps": 1}})
+    with pytest.raises(UserError, match=told):
+        optim.build(config, nn.Linear(2, 2))
 
 
 def test_arguments_reach_the_optimizer() -> None:

@@ -130,7 +130,9 @@ class TaskConfig:
 class OptimConfig:
     """How weights follow gradients."""
 
-    name: str = option("SGD", "A class of torch.optim, or `package.module:object`.")
+    name: str = option(
+        "SGD", "A class of torch.optim, or `package.module:object`; Muon is ours and takes any model."
+    )
     lr: float = option(1e-3, "Peak learning rate.", least=0)
     args: dict[str, Any] = option({}, "Further arguments, such as momentum or weight_decay; checked.")
 

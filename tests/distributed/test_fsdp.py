@@ -171,6 +171,7 @@ def test_an_optimizer_needs_no_fused_kernel_for_shards(optimizer: str, tmp_path:
         (["model.name=cnn", "parallel.recompute=true"], "has BatchNorm"),
         (["parallel.name=fdsp"], "did you mean 'fsdp'"),
         (["optim.name=Adafactor"], "optim.name: Adafactor does not work with parallel.name=fsdp"),
+        (["optim.name=Muon"], "does not work with parallel.name=fsdp: Muon needs whole matrices"),
     ],
 )
 def test_what_does_not_work_with_it_is_told_in_a_sentence(

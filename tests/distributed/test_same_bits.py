@@ -23,6 +23,7 @@ MLP = ["model.args={hidden: [32], dropout: 0.3}"]
 CNN = ["model.name=cnn", "model.args={widths: [8, 16], dropout: 0.2}"]
 SGD = ["optim.args={momentum: 0.9}", "optim.lr=0.05"]
 ADAMW = ["optim.name=AdamW", "optim.lr=0.003"]
+MUON = ["optim.name=Muon", "optim.lr=0.02", "optim.args.rest={AdamW: {lr: 0.003}}"]
 
 
 def _what_came_out(folder: Path, name: str) -> tuple[object, ...]:
@@ -41,10 +42,10 @@ def _what_came_out(folder: Path, name: str) -> tuple[object, ...]:
     [
         pytest.param(MLP + SGD, marks=pytest.mark.long),
         pytest.param(MLP + ADAMW + ["precision=bf16"], marks=pytest.mark.long),
-        CNN + ADAMW,
+        CNN + MUON,
         pytest.param(CNN + SGD + ["train.parts=8"], marks=pytest.mark.long),
     ],
-    ids=["mlp sgd", "mlp adamw bf16", "cnn adamw", "cnn sgd, 8 parts"],
+    ids=["mlp sgd", "mlp adamw bf16", "cnn muon", "cnn sgd, 8 parts"],
 )
 def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path, job: list[str]) -> None:
     for processes in (1, 2, 4):
