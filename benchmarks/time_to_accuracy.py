@@ -59,7 +59,7 @@ WITHOUT = {
     "the former network": ["model.name=time_to_accuracy:former", "model.args={}"],
     "without flips": ["data.train_transform=[]"],
     "without label smoothing": ["task.args.label_smoothing=0"],
-    "without warm-up": ["schedule.warmup=0"],
+    "without the rise of the rate": ["schedule.args.rise=0"],
 }
 
 

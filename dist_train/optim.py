@@ -101,9 +101,11 @@ def constant(t: float) -> float:
     return 1.0
 
 
-def linear(t: float, final: float = 0.0) -> float:
-    """Straight down to the share `final`."""
-    return 1 + (final - 1) * t
+def linear(t: float, final: float = 0.0, rise: float = 0.0) -> float:
+    """Straight up in the first `rise` of the time, then straight down to the share `final`."""
+    if not 0 <= rise < 1:
+        raise ValueError(f"rise is a share of the time, from 0 to below 1, not {rise}")
+    return t / rise if t < rise else 1 + (final - 1) * (t - rise) / (1 - rise)
 
 
 def cosine(t: float, final: float = 0.0) -> float:

@@ -58,6 +58,11 @@ def test_a_falling_rate_starts_at_the_peak_and_ends_at_its_final_share(name: str
         assert values == sorted(values, reverse=True)
 
 
+def test_a_line_may_rise_before_it_falls() -> None:
+    values = rates(9, name="linear", args={"rise": 0.5, "final": 0.2})
+    assert values == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.8, 0.6, 0.4, 0.2])
+
+
 def test_one_cycle_rises_to_its_peak_and_falls_to_its_end() -> None:
     values = rates(101, name="one_cycle")
     assert values[0] == pytest.approx(0.04)
@@ -100,6 +105,7 @@ def test_one_cycle_may_only_rise_or_only_fall() -> None:
     [
         ("one_cycle", {"rise": 1.5}, "rise is a share of the time, from 0 to 1, not 1.5"),
         ("one_cycle", {"rise": math.nan}, "rise is a share of the time"),
+        ("linear", {"rise": 1}, "rise is a share of the time, from 0 to below 1, not 1"),
         ("one_cycle", {"rise": "0.3"}, "one_cycle refused"),
         (
             "one_cycle",
