@@ -10,11 +10,12 @@ as quickly as photographs of this size. Each is cropped at random, resized to 22
     reference   torchvision's classification reference: Pillow, transforms (v1), float32 and normalized, a
                 DataLoader
     v2          torchvision's decoder and transforms.v2 on uint8 tensors, float32 and normalized, a DataLoader
-    ours        `data.name=image_folder` as a training reads it: from JPEGs, from the cache, and from a cache
-                with 256 pixels on the shorter side (another data set). Batches are uint8, as they are moved
-                to the device; one row has them normalized on the CPU, as they are where it is the device. In
-                the first pass over a cache each image is compared to its checksum: a row of its own. One by
-                one: what a transform costs that worker processes must do, here one that does nothing
+    ours        `data.name=image_folder` as a training reads it: from JPEGs by each decoder that is installed
+                (all other rows by the quickest), from the cache, and from a cache with 256 pixels on the
+                shorter side (another data set). Batches are uint8, as they are moved to the device; one row
+                has them normalized on the CPU, as they are where it is the device. In the first pass over a
+                cache each image is compared to its checksum: a row of its own. One by one: what a transform
+                costs that worker processes must do, here one that does nothing
     decode, copy   limits: JPEGs from memory decoded; pixels of 224 x 224 copied
 
 Per core: seconds that the CPU spent in one process that does all by itself, so others on the machine hardly
@@ -37,6 +38,7 @@ from itertools import count, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ from overhead import processor  # noqa: E402
 
 from dist_train import data  # noqa: E402
 from dist_train.config import Config, from_mapping  # noqa: E402
-from dist_train.data.decode import decode_jpeg  # noqa: E402
+from dist_train.data import decode  # noqa: E402
 
 BATCH, SIZE = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -137,7 +139,7 @@ def decoding(folder: Path, workers: int, images: int) -> Iterator[Any]:
     """JPEGs from memory, decoded and dropped."""
     files = [bytearray(path.read_bytes()) for path in sorted(folder.glob("train/*/*.jpg"))]
     for first in range(0, images, BATCH):
-        yield [decode_jpeg(files[number % len(files)], 3) for number in range(first, first + BATCH)]
+        yield [decode.decode_jpeg(files[number % len(files)], 3) for number in range(first, first + BATCH)]
 
 
 def copying(folder: Path, workers: int, images: int) -> Iterator[Any]:
@@ -149,10 +151,20 @@ def copying(folder: Path, workers: int, images: int) -> Iterator[Any]:
         yield batch
 
 
+def decoded_by(decoder: Callable[[bytearray, int], torch.Tensor]) -> Callable[..., Iterator[data.Batch]]:
+    """Ours with one of the decoders that are installed."""
+
+    def side(*given: Any) -> Iterator[data.Batch]:
+        with mock.patch.object(decode, "decoders", lambda: [decoder]):
+            yield from ours(*given)
+
+    return side
+
+
 SIDES: dict[str, Callable[..., Iterable[Any]]] = {
     "reference": reference,
     "v2": second,
-    "ours, JPEGs": ours,
+    **{f"ours, JPEGs {one.__name__.replace('_', ' ')}": decoded_by(one) for one in decode.decoders()},
     "ours, JPEGs, one by one": lambda *given: ours(*given, more=("Identity",)),
     "ours, JPEGs, normalized": lambda *given: ours(*given, normalized=True),
     "ours, cache, first pass": first_pass,
