@@ -98,9 +98,10 @@ def launch(
 
     before_training()
     config = load_words(arguments, say)
-    from dist_train import train as training
-    from dist_train.cluster import board
-    from dist_train.launch import Plan, launch
+    with importing():
+        from dist_train import train as training
+        from dist_train.cluster import board
+        from dist_train.launch import Plan, launch
 
     kept = training.Kept()
     plan = Plan(nproc, max_restarts, (lambda: kept.prepare(config)) if spare else None)
