@@ -100,7 +100,8 @@ class Remote:
             room -= item.bytes
             if room < 0:
                 break
-            _ask(self._request(item, urgent=False))
+            with suppress(Unreachable):  # whoever needs it will tell
+                _ask(self._request(item, urgent=False))
 
     def renew(self, item: Object) -> bool:
         """Throws a damaged copy of an object away, so that another one is fetched."""
