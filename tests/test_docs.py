@@ -293,8 +293,9 @@ def check_unrun(block: Block, tree: Path) -> None:
         for word in words:
             if re.match(r"(launch|configs|slurm|examples|docs)/", word):
                 assert (tree / word).exists(), f"{block}: there is no {word}"
-        if "train" in words and {"dist-train", "dist_train"} & set(words):
-            arguments = words[words.index("train") + 1 :]
+        command = "launch" if words[:2] == ["dist-train", "launch"] else "train"
+        if command in words and {"dist-train", "dist_train"} & set(words):
+            arguments = [w for w in words[words.index(command) + 1 :] if not w.startswith("-")]
             load([tree / a for a in arguments if "=" not in a], [a for a in arguments if "=" in a])
 
 
