@@ -27,6 +27,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from overhead import processor  # noqa: E402
 
 from dist_train import data, load, runtime, tasks  # noqa: E402
+from dist_train.config import Config  # noqa: E402
+from dist_train.data.batch import Batch  # noqa: E402
 from dist_train.data.images import InMemory  # noqa: E402
 from dist_train.learner import Learner  # noqa: E402
 
@@ -49,8 +52,8 @@ STEPS = {"MLP": 40, "ResNet-18": 2}  # in a turn
 SIDES = ("DDP", "ours")
 
 
-def as_rank(name: str, per_rank: int, rounds: int, result: str) -> None:
-    """One of the ranks; rank 0 writes the seconds per step of each side and round."""
+def prepared(name: str, per_rank: int) -> tuple[Config, runtime.Runtime, data.Data, list[Batch]]:
+    """A job on this rank, with the batches of a step: the same ones again and again, so nothing is loaded."""
     words = [*JOBS[name], "device=cpu", "threads=1", "train.epochs=null", "train.steps=1000000"]
     config = load([ROOT / "configs/quickstart.yaml"], [*words, f"train.accumulate={per_rank}"])
     ranks = runtime.start(config)
@@ -58,11 +61,16 @@ def as_rank(name: str, per_rank: int, rounds: int, result: str) -> None:
     images = torch.randint(256, (256, *SHAPES[name]), dtype=torch.uint8, generator=generator)
     source = InMemory(images, torch.arange(256) % 10, [str(number) for number in range(10)])
     sets = data.build(config, source, source)
+    return config, ranks, sets, list(sets.train_loader(config, ranks, 0, 1))
+
+
+def as_rank(name: str, per_rank: int, rounds: int, result: str) -> None:
+    """One of the ranks; rank 0 writes the seconds per step of each side and round."""
+    config, ranks, sets, batches = prepared(name, per_rank)
     learners = {}
     for side in SIDES:
         own = replace(config, train=replace(config.train, same_bits=side == "ours"))
         learners[side] = Learner(own, ranks, sets, tasks.build(config))
-    batches = list(sets.train_loader(config, ranks, 0, 1))  # the same ones again and again: no loading
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(rounds + 1):
         for side in SIDES[:: -1 if number % 2 else 1]:
@@ -80,17 +88,16 @@ def as_rank(name: str, per_rank: int, rounds: int, result: str) -> None:
     runtime.stop(ranks.accelerator)
 
 
-def measure(name: str, processes: int, per_rank: int, rounds: int) -> dict[str, object]:
-    """What rank 0 of so many processes has measured."""
+def measure(program: str, processes: int, *words: object) -> dict[str, Any]:
+    """What rank 0 of so many processes has measured, which are told `words` and where to write it."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        words = [__file__, "--rank", name, str(per_rank), str(rounds), str(result)]
+        command = [sys.executable, *launcher, program, "--rank", *map(str, words), str(result)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, *launcher, *words], check=True, env=environment, stderr=subprocess.DEVNULL
-        )
-        return json.loads(result.read_text())
+        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
+        measured: dict[str, Any] = json.loads(result.read_text())
+        return measured
 
 
 def held(per_rank: int) -> int:
@@ -113,7 +120,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in JOBS:
         for processes, per_rank in ((2, 1), (2, 4), (4, 1), (4, 4)):
-            found = measure(name, processes, per_rank, arguments.rounds)
+            found = measure(__file__, processes, name, per_rank, arguments.rounds)
             seconds = found["seconds"]
             ddp, ours = (1000 * statistics.median(seconds[side]) for side in SIDES)
             ratio = statistics.median(b / a for a, b in zip(*(seconds[side] for side in SIDES), strict=True))
