@@ -165,7 +165,7 @@ def _is_plain_folder(dataset: Any) -> bool:
     """Whether it is an ImageFolder (as ImageNet is) that only reads its files."""
     from torchvision.datasets.folder import DatasetFolder, default_loader
 
-    reads = type(dataset).__getitem__ is getattr(DatasetFolder, "__getitem__", None)
+    reads = getattr(type(dataset), "__getitem__", None) is DatasetFolder.__getitem__
     return reads and dataset.loader is default_loader and dataset.transforms is None
 
 
