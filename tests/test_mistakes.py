@@ -129,7 +129,11 @@ LATE = [
         "data.train_transform=[RandomVerticalFlip,{RandomCrop: {size: 20}}]",
         "data.train_transform[1]  RandomCrop  (20, 20)",
     ),
-    Mistake("a transform of pairs", "data.train_transform=[MixUp]", "data.train_transform[0]  MixUp"),
+    Mistake(
+        "a transform of pairs",
+        "data.train_transform=[MixUp,RandomVerticalFlip]",
+        "data.train_transform  MixUp",
+    ),
     Mistake("an unknown target transform", "data.target_transform=onehot", "target_transform  'one_hot'?"),
     Mistake("means of other channels", "data.mean=[0,0]  data.std=[1,1]", "data.mean  2  1 channel"),
     Mistake("no folder of images", "data.name=image_folder  data.root=imges", "data.root  'images'?"),
