@@ -3,10 +3,10 @@
     python benchmarks/scale.py              # some minutes on two cores
     python benchmarks/scale.py --ranks 64   # quick
 
-Simulated: the connections of ranks to the store, their agreement at a start and the watchdog's words,
-through a real TCPStore, with the requests of all ranks made by a few processes of this machine; what one rank
-computes in a collective, in torch's fake process group, whose collectives move nothing; the order of 10^9
-samples. Arithmetic, marked as such: the traffic of collectives per rank, and the time of a checkpoint.
+Simulated: the agreement of ranks at a start and the watchdog's words, through a real TCPStore, with the
+requests of all ranks made by a few processes of this machine; what one rank computes in a collective, in
+torch's fake process group, whose collectives move nothing; the order of 10^9 samples. Arithmetic, marked as
+such: the traffic of collectives per rank, and the time of a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,13 +53,9 @@ def client(port: int) -> dist.TCPStore:
 
 
 def as_ranks(port: int, ranks: Sequence[int]) -> None:
-    """What these ranks do at a start: connect, do as `_agree` does, publish as the watchdog does."""
+    """What these ranks do at a start: as `_agree` does, then publish as the watchdog does."""
     store = client(port)
     store.add("imported", 1)
-    store.get("connect")
-    with ThreadPoolExecutor(32) as pool:  # as from hosts of their own
-        connections = list(pool.map(client, [port] * len(ranks)))
-    store.add("connected", len(connections))
     store.get("agree")
     names = {rank: os.urandom(8).hex() for rank in ranks}
     for rank, name in names.items():
@@ -74,7 +70,7 @@ def as_ranks(port: int, ranks: Sequence[int]) -> None:
 
 
 def at_the_store(world_size: int) -> list[float]:
-    """Seconds until all ranks are connected, have agreed, and have published where they are."""
+    """Seconds until all ranks have agreed, and until all have published where they are."""
     store = dist.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=300))
     context = multiprocessing.get_context("forkserver")
     shares = [range(1 + number, world_size, HELPERS) for number in range(HELPERS)]
@@ -83,9 +79,6 @@ def at_the_store(world_size: int) -> list[float]:
         helper.start()
     wait_for(store, "imported", HELPERS)
     times = [time.perf_counter()]
-    store.set("connect", "")
-    wait_for(store, "connected", world_size - 1)
-    times.append(time.perf_counter())
     store.set("agree", "")
     _agree(store, 0, world_size, 300)
     times.append(time.perf_counter())
@@ -95,6 +88,21 @@ def at_the_store(world_size: int) -> list[float]:
     for helper in helpers:
         helper.join()
     return [after - before for before, after in itertools.pairwise(times)]
+
+
+def connections(count: int = 256) -> float:
+    """Seconds a connection to the store, when many are made at once.
+
+    The least of some rounds: where no name server answers, torch waits for it at some of them.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    seconds = []
+    for _ in range(5):
+        with ThreadPoolExecutor(count) as pool:
+            begin = time.perf_counter()
+            made = list(pool.map(client, [store.port] * count))
+            seconds.append((time.perf_counter() - begin) / len(made))
+    return min(seconds)
 
 
 def wait_for(store: dist.TCPStore, key: str, count: int) -> None:
@@ -146,15 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 1024, 16_384])
     torch.set_num_threads(1)
-    titles = "to connect, s | to agree, s | all publish, s | 100 MB, ms | a meeting, ms | a meeting, KB"
-    print(f"| ranks | {titles} | an evaluation, MB |\n{'| --- ' * 8}|")
+    titles = "to agree, s | all publish, s | 100 MB, ms | a meeting, ms | a meeting, KB"
+    print(f"| ranks | {titles} | an evaluation, MB |\n{'| --- ' * 7}|")
     for world_size in parser.parse_args().ranks:
         store = " | ".join(f"{seconds:.2f}" for seconds in at_the_store(world_size))
         gradients, meeting = own_work(world_size)
         sent = 8 * (MEETING * world_size if world_size <= MANY_RANKS else 2 * max(MEETING, world_size))
         cells = f"{store} | {gradients * 1e3:.0f} | {meeting * 1e3:.1f} | {sent / 1e3:,.0f}"
         print(f"| {world_size:,} | {cells} | {SUMS * world_size / 1e6:.1f} |", flush=True)
-    print("\nTimes are simulated, KB and MB are arithmetic.\n")
+    print("\nTimes are simulated, KB and MB are arithmetic.")
+    print(f"A connection to the store takes {connections() * 1e3:.2f} ms where 256 are made at once.\n")
     first, each, more = order()
     print(f"Order of 10^9 samples: {first * 1e3:.1f} ms to the batch of step 1,234,567,")
     print(f"{each * 1e3:.2f} ms for a batch of 4,096, {more} MB of memory.\n")

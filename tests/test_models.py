@@ -39,6 +39,7 @@ def regnets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockParams, "from_init_params", with_values)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("regnets")
 @pytest.mark.parametrize(("channels", "names"), [(1, CLASSIFIERS), (3, CLASSIFIERS[::5])], ids=["1", "3"])
 def test_every_classifier_of_torchvision_takes_our_channels_and_gives_our_classes(

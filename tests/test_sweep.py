@@ -116,7 +116,7 @@ def test_a_sample_is_a_function_of_seed_and_number(write: Callable[[Any], Path])
     assert [task.overrides[:2] for task in larger[:5]] == [task.overrides for task in tasks]
     other = expand(write(RANDOM), ["seed=4"])
     assert not {task.overrides for task in other} & {task.overrides for task in tasks}
-    for task in larger:
+    for task in larger[::5]:
         config = load(task.arguments[:1], task.arguments[1:])
         assert 0.001 <= config.optim.lr <= 1.0
         assert 8 <= config.train.batch_size <= 64

@@ -77,6 +77,7 @@ def train(disk: Disk, begin: Callable[..., Process], wait_for: Callable[..., Non
     return saved
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(
     disk: Disk, train: Train, wait_for: Callable[..., None]
 ) -> None:
