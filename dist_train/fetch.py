@@ -171,9 +171,9 @@ def _copy(request: Request, store: Any, file: int, size: int, deadline: float) -
         while offset < size:
             length = min(RANGE, size - offset)
             data = _tried(functools.partial(_range, store, request.name, offset, length, size), deadline)
-            digest.update(data)
-            os.pwrite(file, data, offset)
-            offset += len(data)
+            written = os.pwrite(file, data, offset)  # perhaps less than all: the rest is asked for again
+            digest.update(data[:written])
+            offset += written
         if request.sha256 in (None, digest.hexdigest()):
             return
     raise Lost("not what the index says (checksum): it is damaged, or was changed")

@@ -310,3 +310,21 @@ def test_the_process_that_copies_is_started_again_and_ends_with_the_last_that_as
     holder.kill()
     holder.wait()
     assert second.wait(10) == 0
+
+
+def test_a_write_that_takes_less_than_all_loses_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(10_000)
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "objects/one.tar").write_bytes(data)
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, rest, offset: whole(file, rest[:3000], offset))
+    sha256 = hashlib.sha256(data).hexdigest()
+    request = fetch.Request(
+        f"file://{tmp_path}/objects", "one.tar", len(data), sha256, sha256, str(tmp_path / "copies"),
+        10**6, 5.0, True,
+    )  # fmt: skip
+    fetch.fetch(request)
+    assert (tmp_path / "copies" / sha256).read_bytes() == data

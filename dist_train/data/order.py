@@ -135,11 +135,11 @@ class DistributedSampler:
         return len(self.steps) * len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
-        told = None
+        announced = None
         for step in self.steps:
-            if self.soon and self.order.windows and told != (window := self.order.window(step)):
+            if self.soon and self.order.windows and announced != (window := self.order.window(step)):
                 self.soon(self.order.windows.ahead(*window))
-                told = window
+                announced = window
             yield from self.order.parts(step, self.parts, self.mine)
 
 
@@ -166,13 +166,13 @@ class EvalSampler:
         return len(self.mine)
 
     def __iter__(self) -> Iterator[Part]:
-        told = None
+        announced = None
         for number in self.mine:
             first = number * self.batch_size
-            if self.soon and self.groups and told != (group := self.groups.of(first)):
+            if self.soon and self.groups and announced != (group := self.groups.of(first)):
                 last = self.groups.of(min(self.mine.stop * self.batch_size, self.length) - 1)
                 self.soon(iter(range(group, last + 1)))
-                told = group
+                announced = group
             indices = np.arange(first, min(first + self.batch_size, self.length))
             yield Part(0, 0, indices, len(indices), len(indices), number)
 
