@@ -43,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
+@pytest.fixture(autouse=True)
+def own_modules_forgotten(tmp_path: Path) -> Iterator[None]:
+    """What a test imported from its own folder is no module of the next test's: many name theirs `mine`."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 

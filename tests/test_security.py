@@ -128,7 +128,6 @@ def test_who_trusts_a_file_gets_what_it_names(command: str, world: Path) -> None
         "from dist_train.models import mlp\nfrom torch import nn\n"
         "def net(input_shape, num_classes):\n    return mlp(input_shape, num_classes, [4])\n"
     )
-    sys.modules.pop("mine_too", None)
     rewrite({"model.name": "mine_too:net", "model.args": {}})
     with pytest.raises(UserError, match="mine_too:net"):
         COMMANDS[command]()
