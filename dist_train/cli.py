@@ -20,6 +20,7 @@ from dist_train.console import flush, is_main, say
 from dist_train.importing import importing
 
 if TYPE_CHECKING:
+    from dist_train.cluster.sweep import Task
     from dist_train.train import Result
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
@@ -119,6 +120,7 @@ def _tell_end(result: Result) -> None:
         from dist_train.record.terminal import describe
 
         more = "; the same command goes on with it" if result.state == "interrupted" else ""
+        more = f": {result.stopped}" if result.stopped and not more else more
         shown = result.metrics | {f"best {name}": value for name, value in result.best.items()}
         lines = [f"{result.state} at step {result.step:,}: {result.folder}{more}", describe(shown)]
         with contextlib.suppress(OSError):
@@ -328,29 +330,57 @@ def submit(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A sweep file in W&B's format.")],
+    file: Annotated[Path, typer.Argument(help="A sweep file in W&B's format; with --seeds a config file.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG...] [KEY=VALUE...]", help="For all tasks.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="So many seeds of one configuration, instead of a file's tasks.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Print what would run (the default).")] = False,
     task: Annotated[int | None, typer.Option(help="Print the arguments of this task for train.")] = None,
     count: Annotated[bool, typer.Option("--count", help="Print the number of tasks.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train them here, one after the other, and print the results.")
+    ] = False,
+    results: Annotated[bool, typer.Option("--results", help="Print what has come out so far.")] = False,
 ) -> None:
-    """Print the runs of a sweep, each checked, for SLURM's job arrays: see slurm/sweep.sbatch."""
+    """Print the runs of a sweep, each checked, for SLURM's job arrays (slurm/sweep.sbatch); or train them."""
     from dist_train.cluster import sweep as sweeps
+    from dist_train.tools import sweep as running
 
-    if list_ + count + (task is not None) > 1:
-        raise UserError("sweep: give one of --list, --task and --count.")
-    tasks = sweeps.expand(file, arguments or [])
+    if list_ + count + train + results + (task is not None) > 1:
+        raise UserError("sweep: give one of --list, --task, --count, --train and --results.")
+    words = arguments or []
+    tasks = running.of_seeds([str(file), *words], seeds) if seeds else sweeps.expand(file, words)
     if task is not None:
         print("\n".join(sweeps.pick(tasks, task).arguments))
         return
     for item in tasks:
         item.check()
-        if not count:
+        if not (count or train or results):
             print(f"{item.number:4}  {' '.join(item.overrides)}")
     if count:
         print(len(tasks))
+    if train:
+        _train_all(tasks)
+    if (train or results) and is_main():
+        print("\n".join(running.results(tasks)))
+
+
+def _train_all(tasks: Sequence[Task]) -> None:
+    """Trains the runs of a sweep; the process ends with 75 where one is interrupted."""
+    from dist_train.guard.interrupt import EXIT_INTERRUPTED, before_training, launcher_watched
+    from dist_train.tools import sweep as running
+
+    before_training()
+    with launcher_watched(), importing():
+        from dist_train import train  # noqa: F401 - with all that it takes
+    if not running.train(tasks):
+        if is_main():
+            print("interrupted; the same command goes on")
+        flush(fails=False)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @app.command()

@@ -119,7 +119,7 @@ class Sharded(Parallel):
 
     def scale(self, factor: torch.Tensor) -> None:
         """Multiplies this rank's rows of all gradients by a number."""
-        gradients = [local(weight.grad) for weight in self.weights if weight.grad is not None]
+        gradients = self.gradients()
         for device in {gradient.device for gradient in gradients}:
             torch._foreach_mul_([g for g in gradients if g.device == device], factor.to(device))
 

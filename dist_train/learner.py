@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dist_train import flops, models, optim, tasks
+from dist_train import flops, models, optim, rates, tasks
 from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, UserError, to_mapping
 from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
-from dist_train.meters import Best
+from dist_train.meters import Best, stop_when
 from dist_train.parallel import Parallel, spread
 from dist_train.parts import default_parts, parts_per_rank
 from dist_train.rows import rows_of
@@ -73,6 +73,8 @@ class Learner:
         with ranks.together():
             self.optimizer = optim.build(config, self.model)
             self.parallel.check(self.optimizer)
+        # Those of torch draw none, and a seed costs a hundredth of a small step.
+        self.may_draw = not type(self.optimizer).__module__.startswith(("torch.", "dist_train."))
         # Accelerate's wrapper costs a tenth of a small step (docs/design.md); only a loss scale needs it.
         self.scaler = ranks.accelerator.scaler
         self._stepping = (
@@ -139,15 +141,19 @@ class Learner:
             weight = self.ranks.sum(tree_sum(sums)[:1])[0]
             self.parallel.scale(torch.where(weight > 0, total / weight, 0))
         norm, rows, skipped = None, [], False
+        if self.scaler and (train.clip_norm or train.clip_value or skipping or with_norm):
+            self.ranks.accelerator.unscale_gradients(self._stepping)
         if train.clip_norm or skipping or with_norm:
-            if self.scaler:
-                self.ranks.accelerator.unscale_gradients(self._stepping)
             rows = self.parallel.row_norms()
             norm = torch.linalg.vector_norm(torch.cat(rows))
             if train.clip_norm:
                 self.parallel.clip(norm, train.clip_norm)
             skipped = skipping and not norm.isfinite()  # the same on all ranks
+        if train.clip_value:
+            self.parallel.clip_values(train.clip_value)
         if not skipped or self.scaler:  # the scaler skips by itself, and lowers its scale
+            if self.may_draw:  # the same random numbers on all ranks
+                seed_device(self.ranks.device, key(self.config.seed, "update", self.step))
             self._stepping.step()
         self.optimizer.zero_grad()
         if skipped:
@@ -159,9 +165,9 @@ class Learner:
         return Step(("loss", *further), sums, losses, norm, rows, skipped, weighted)
 
     def rates(self) -> dict[str, float]:
-        """The learning rate of the last step; and of each group of weights, where these have their own."""
-        own = [group["initial_lr"] for group in self.optimizer.param_groups]
-        several = own if len(set(own)) > 1 else []
+        """The learning rate of the last step; and those of groups of weights, where there are several."""
+        own = list(dict.fromkeys(group["initial_lr"] for group in self.optimizer.param_groups))
+        several = own if len(own) > 1 else []
         rates = {f"lr/{number}": rate * self._share for number, rate in enumerate(several)}
         return {"lr": self.config.optim.lr * self._share} | rates
 
@@ -223,13 +229,13 @@ class Learner:
             _fill(self.parallel, self.model, saved["model"])
             if self.average is not None:
                 _fill(self.parallel, self.average, saved["average"] or saved["model"])
-            changed = saved["config"]["optim"]["args"] != to_mapping(self.config)["optim"]["args"]
             weights = self._optimized()
             moments = {
                 number: self.parallel.shares(values, dict.fromkeys(values, weights[number]))
                 for number, values in saved["optimizer"]["state"].items()
             }
-            _restore_optimizer(self.optimizer, saved["optimizer"] | {"state": moments}, changed)
+            before, now = saved["config"]["optim"], to_mapping(self.config)["optim"]
+            optim.restore(self.optimizer, saved["optimizer"] | {"state": moments}, before, now)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{where}: does not fit the model of this configuration: {reason}") from None
@@ -275,7 +281,12 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
             as_outputs = replace(samples.labels, classes=outputs.shape[1])  # as many as the model has
             samples.labels = as_outputs
             samples.check_labels(part)
-    Best.parse(config.checkpoint.best or task.best).check(names)
+    best = config.checkpoint.best or task.best
+    Best.parse(best).check(names)
+    for rule in stop_when(config, best):
+        Best(rule.metric, rule.sign).check(names, "train.stop_when")
+    if config.schedule.name == "plateau":
+        Best(*rates.watched(config.schedule.args)).check(names, "schedule.args.metric")
     if config.parallel.name == "ddp" or ranks.world_size == 1:  # else block by block, as it is sharded
         model.to(ranks.device)
     if config.channels_last:
@@ -288,23 +299,3 @@ def _most_per_second(model: nn.Module, data: Data, config: Config, ranks: Runtim
     peak = flops.peak(ranks.device_name, config.precision)
     count = flops.of_training(model, first_batch(data.train).inputs) if peak else None
     return ranks.world_size * peak / count if peak and count else None
-
-
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, saved: dict[str, Any], changed_args: bool = False
-) -> None:
-    """Restores the optimizer's tensors, and the options of its groups of weights.
-
-    Options that may lie in a group as state stay as they were saved, unless the configuration's arguments
-    are others now. The rate that the schedule scales, and how steps are computed, are the configuration's.
-    """
-    present, before = len(optimizer.param_groups), len(saved["param_groups"])
-    if present != before:
-        plural = "s" if present > 1 else ""
-        raise ValueError(f"the optimizer has {present} group{plural} of weights, the saved one {before}")
-    ours = {"initial_lr", "fused", "foreach"}
-    groups = []
-    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        kept = {"params"} if changed_args else old.keys() - ours
-        groups.append(new | {name: old[name] for name in kept})
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

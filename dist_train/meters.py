@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_train.config import UserError
+from dist_train.config import Config, StopWhen, UserError
 from dist_train.runtime import Runtime
 from dist_train.tasks.base import wide
 from dist_train.tree import tree_sum
@@ -154,6 +154,17 @@ class Clock:
         return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
+def stop_when(config: Config, best: str) -> list[StopWhen]:
+    """The rules of `train.stop_when`, where `best` chooses the best checkpoint.
+
+    Raises UserError for one that leaves open what is better.
+    """
+    try:
+        return StopWhen.parse(config.train.stop_when, best)
+    except ValueError as error:
+        raise UserError(f"train.stop_when: {error}.") from None
+
+
 @dataclass(frozen=True)
 class Best:
     """Which checkpoint is the best: the greatest or smallest value of a metric; `sign` 0: none is."""
@@ -170,13 +181,11 @@ class Best:
             raise UserError(f"task: its `best` is written as 'max eval/accuracy' or 'none', not {text!r}.")
         return cls(metric, sign)
 
-    def check(self, names: Iterable[str]) -> None:
-        """Raises UserError if the metric is not among what an evaluation gives."""
+    def check(self, names: Iterable[str], key: str = "checkpoint.best") -> None:
+        """Raises UserError, naming `key`, if the metric is not among what an evaluation gives."""
         known = [f"eval/{name}" for name in names]
         if self.sign and self.metric not in known:
-            raise UserError(
-                f"checkpoint.best: the evaluation has no '{self.metric}', only {', '.join(known)}."
-            )
+            raise UserError(f"{key}: the evaluation has no '{self.metric}', only {', '.join(known)}.")
 
     def named(self, best: float | None) -> dict[str, float]:
         """The best value by the name of its metric; empty where there is none."""

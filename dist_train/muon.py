@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
     rate unless `lr` is among its arguments.
 
     Args:
-        matrices: weights of two and more dimensions.
+        matrices: weights of two and more dimensions, or groups of them.
         lr: the length of a step; times sqrt(rows / columns) where there are more rows.
         momentum: Nesterov's.
         weight_decay: decoupled, as in AdamW.
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: Sequence[nn.Parameter],
+        matrices: Sequence[Any],
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
@@ -38,20 +38,20 @@ class Muon(torch.optim.Optimizer):
         rest: torch.optim.Optimizer | None = None,
     ) -> None:
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ns_steps": ns_steps}
-        super().__init__([{"params": matrices}], options)
-        self.rest = rest
+        super().__init__(matrices or [{"params": []}], options)
+        self.rest, self.own = rest, len(self.param_groups)
         if rest:
             self.param_groups += rest.param_groups
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Moves all weights that have a gradient. Raises NotImplementedError for matrices in shards."""
-        group, *others = self.param_groups
-        for weight in group["params"]:
-            if weight.grad is not None:
-                self._move(weight, weight.grad, group)
+        for group in self.param_groups[: self.own]:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._move(weight, weight.grad, group)
         if self.rest:  # which keeps its groups and its state here, where they are saved and restored
-            self.rest.param_groups, self.rest.state = others, self.state
+            self.rest.param_groups, self.rest.state = self.param_groups[self.own :], self.state
             self.rest.step()
 
     def _move(self, weight: nn.Parameter, gradient: torch.Tensor, group: dict[str, Any]) -> None:

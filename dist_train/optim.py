@@ -1,17 +1,19 @@
-"""Optimizers by name, the learning rate as a function of the step, and the moving average of weights."""
+"""Optimizers by name, over weights in groups, and the moving average of weights."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_train.config import Config, Every, UserError, construct, counted, import_object, nearest
+from dist_train.checkpoint.snapshot import unreadable
+from dist_train.config import Config, UserError, construct, counted, import_object, nearest
+from dist_train.groups import Place, grouped, places
 from dist_train.muon import Muon, split
 from dist_train.rows import is_sharded, local
 
@@ -20,42 +22,64 @@ def build(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that the configuration names, over all trainable weights of `model`.
 
     Each of its groups of weights keeps its own rate, which the schedule scales, as `initial_lr`. Raises
-    UserError for an unknown name, wrong arguments, or a model with nothing to train.
+    UserError for an unknown name, wrong arguments or groups, a model with nothing to train, and an optimizer
+    that can't take a step, or whose state could not be read back from a checkpoint.
     """
-    name, args = config.optim.name, dict(config.optim.args)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if not weights:
+    name = config.optim.name
+    of_weights = places(config, model)
+    if not of_weights:
         raise UserError(f"model.name: '{config.model.name}' has no weights to train.")
     for position in ("params", "lr"):
-        if position in args:
+        if position in config.optim.args:
             raise UserError(f"optim.args.{position}: set optim.lr; the weights are given already.")
-    if name == "Muon":
-        weights, others = split(model)
-        args["rest"] = _rest(config, args.get("rest", {"AdamW": {}}), others)
-    own = import_object(name, "optim.name") if ":" in name else None
-    optimizer = _make(config, own or _named(name, "optim.name"), weights, args, "optim.args")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(f"optim.name: '{name}' made a {type(optimizer).__name__}, no optimizer of torch.")
+    parts = split(model) if name == "Muon" else (list(of_weights), [])
+    optimizer = _assemble(config, of_weights, *parts)
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise UserError(f"optim.name: '{name}' must be told of each evaluation, which this loop doesn't do.")
     for group in optimizer.param_groups:
         group["initial_lr"] = rate = float(group.get("lr", config.optim.lr))
         if not (math.isfinite(rate) and rate >= 0):
             raise UserError(f"optim.lr: the rate of a group of weights of '{name}' is {rate}.")
+    _try(config, of_weights, *parts)
     return optimizer
 
 
-def _rest(config: Config, named: Any, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _assemble(
+    config: Config,
+    places: Mapping[nn.Parameter, Place],
+    weights: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+) -> torch.optim.Optimizer:
+    """The optimizer of `weights`; those that Muon leaves alone are `others`."""
+    name, args = config.optim.name, dict(config.optim.args)
+    if name == "Muon":
+        args["rest"] = _rest(config, places, args.get("rest", {"AdamW": {}}), others)
+    cls = import_object(name, "optim.name") if ":" in name else _named(name, "optim.name")
+    optimizer = _make(config, cls, grouped(config, places, weights, config.optim.lr), args, "optim.args")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"optim.name: '{name}' made a {type(optimizer).__name__}, no optimizer of torch.")
+    return optimizer
+
+
+def _rest(
+    config: Config, places: Mapping[nn.Parameter, Place], named: Any, weights: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
     """What steps the weights that Muon leaves alone, named as `{name: {argument: value}}`."""
     key = "optim.args.rest"
     if not isinstance(named, dict) or len(named) != 1:
         raise UserError(f"{key}: write the optimizer of all other weights as `{{AdamW: {{lr: 0.001}}}}`.")
     ((name, args),) = named.items()
-    return _make(config, _named(str(name), key), weights, args or {}, f"{key}.{name}")
+    args = args or {}
+    groups = grouped(config, places, weights, args.get("lr", config.optim.lr))
+    return _make(config, _named(str(name), key), groups, args, f"{key}.{name}")
 
 
 def _named(name: str, key: str) -> Any:
-    """The class of this name in torch.optim; but our own Muon, which takes convolutions, too."""
+    """The class of this name in torch.optim or timm.optim; but our own Muon, for convolutions, too."""
     if name == "Muon":
         return Muon
+    if name.startswith("timm/"):
+        return _timm(name.removeprefix("timm/"), key)
     known = [
         item
         for item, value in vars(torch.optim).items()
@@ -70,113 +94,134 @@ def _named(name: str, key: str) -> Any:
     return getattr(torch.optim, name)
 
 
-def _make(config: Config, cls: Any, weights: list[nn.Parameter], args: dict[str, Any], key: str) -> Any:
-    """An optimizer of these weights, with the rate of the configuration unless it is among `args`."""
+def _timm(name: str, key: str) -> Any:
+    """An optimizer of timm, with the arguments that timm gives it."""
+    try:
+        from timm.optim import get_optimizer_class, list_optimizers
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{key}: 'timm/{name}' needs the package timm: pip install 'dist-train[timm]'."
+        ) from None
+    known = list_optimizers()
+    if name not in known:
+        raise UserError(f"{key}: timm has no optimizer '{name}'{nearest(name, known)}.")
+    try:
+        return get_optimizer_class(name)
+    except (ImportError, AssertionError) as error:  # those of other packages, for GPUs alone
+        raise UserError(f"{key}: 'timm/{name}' can't be used here: {error}.") from None
+
+
+def _make(config: Config, cls: Any, groups: Sequence[Any], args: dict[str, Any], key: str) -> Any:
+    """An optimizer of weights, maybe in groups, with the rate of the configuration unless it is in `args`."""
+    weights = [weight for item in groups for weight in (item["params"] if isinstance(item, dict) else [item])]
     if not {"foreach", "fused", "capturable", "differentiable"} & set(args):
         # One kernel for all weights. Not with fp16, whose scaler must see every step.
         fits = "fused" in inspect.signature(cls).parameters and config.precision != "fp16"
         if weights and is_sharded(weights[0]):  # of shards torch's Adams alone have one
-            fits = fits and issubclass(cls, (torch.optim.Adam, torch.optim.AdamW))
-        fused = fits and weights[0].device.type in ("cpu", "cuda")
+            fits = fits and cls in (torch.optim.Adam, torch.optim.AdamW)
+        fused = fits and bool(weights) and weights[0].device.type in ("cpu", "cuda")
         args = args | ({"fused": True} if fused else {})
-    return construct(partial_named(cls, weights), args, key, lr=config.optim.lr)
+    optimizer = construct(partial_named(cls, groups), args, key, lr=config.optim.lr)
+    known = getattr(optimizer, "defaults", {})
+    for group in groups:
+        for option in group if isinstance(group, dict) else ():
+            if option not in {"params", "lr", *known}:
+                name = type(optimizer).__name__
+                raise UserError(
+                    f"optim: {name} has no option '{option}', which optim.groups or optim.no_decay gives to"
+                    f" weights{nearest(option, known)}."
+                )
+    return optimizer
 
 
 def partial_named(
-    cls: Callable[..., torch.optim.Optimizer], weights: Sequence[nn.Parameter]
+    cls: Callable[..., torch.optim.Optimizer], groups: Sequence[Any]
 ) -> Callable[..., torch.optim.Optimizer]:
     """`cls` with its weights given, under its own name, for the error messages."""
-    function = partial(cls, weights)
-    function.__name__ = getattr(cls, "__name__", "optimizer")  # type: ignore[attr-defined]
+    function = partial(cls, groups)
+    function.__name__ = getattr(getattr(cls, "func", cls), "__name__", "optimizer")  # type: ignore[attr-defined]
     return function
 
 
-# --- the learning rate ----------------------------------------------------------------------------
-# Each schedule is the share of the peak learning rate at a moment t, from 0 (the end of the warm-up)
-# to 1 (the end of the training).
-
-
-def constant(t: float) -> float:
-    """Always the peak."""
-    return 1.0
-
-
-def linear(t: float, final: float = 0.0, rise: float = 0.0) -> float:
-    """Straight up in the first `rise` of the time, then straight down to the share `final`."""
-    if not 0 <= rise < 1:
-        raise ValueError(f"rise is a share of the time, from 0 to below 1, not {rise}")
-    return t / rise if t < rise else 1 + (final - 1) * (t - rise) / (1 - rise)
-
-
-def cosine(t: float, final: float = 0.0) -> float:
-    """Half a cosine down to the share `final` (Loshchilov and Hutter, 2017, without restarts)."""
-    return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
-
-
-def one_cycle(t: float, rise: float = 0.3, start: float = 0.04, final: float = 0.0) -> float:
-    """Up by a cosine from the share `start` in the first `rise` of the time, then down to `final`.
-
-    The policy of Smith and Topin (2018), momentum left alone.
-    """
-    if not 0 <= rise <= 1:
-        raise ValueError(f"rise is a share of the time, from 0 to 1, not {rise}")
-    if t < rise or rise == 1:
-        return 1 + (start - 1) * (1 + math.cos(math.pi * t / rise)) / 2
-    return cosine((t - rise) / (1 - rise), final)
-
-
-def step(t: float, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1) -> float:
-    """Times `gamma` at each of the moments `milestones`, from 0 to 1."""
-    if not isinstance(milestones, (list, tuple)) or not all(0 <= moment <= 1 for moment in milestones):
-        raise ValueError(f"milestones is a list of moments from 0 to 1, not {milestones!r}")
-    return gamma ** sum(t >= moment for moment in milestones)
-
-
-SCHEDULES = {f.__name__: f for f in (constant, linear, cosine, one_cycle, step)}
-
-
-def schedule(config: Config, total: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The share of its learning rate that a weight gets at optimizer step k, k from 0 to total - 1.
-
-    The same for any world size. Raises UserError for what would be no share at some step.
-    """
-    name, args = config.schedule.name, config.schedule.args
-    function = import_object(name, "schedule.name") if ":" in name else SCHEDULES[name]
-    if not callable(function):
-        raise UserError(f"schedule.name: '{name}' is no function of the moment t.")
-    if "t" in args:
-        raise UserError("schedule.args.t: the moment is not yours to set.")
-    warmup = Every.parse(config.schedule.warmup).in_steps(steps_per_epoch)
-    if warmup >= total and warmup:
-        raise UserError(
-            f"schedule.warmup: {counted(warmup, 'step')} of warm-up in a training of"
-            f" {counted(total, 'step')}; shorten it."
+def _try(
+    config: Config,
+    places: Mapping[nn.Parameter, Place],
+    weights: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+) -> None:
+    """Lets such an optimizer take a step on small weights, and looks at the state that it then has."""
+    small = {
+        weight: nn.Parameter(torch.ones([min(n, 2) for n in weight.shape], device=weight.device))
+        for weight in places
+    }
+    try:
+        optimizer = _assemble(
+            config,
+            {small[weight]: place for weight, place in places.items()},
+            [small[weight] for weight in weights],
+            [small[weight] for weight in others],
         )
-    for t in _corners(args):  # what is wrong at any step, before the first one
-        value = construct(function, args, "schedule.args", (TypeError, ValueError, ArithmeticError), t=t)
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-            shown = f"{value:g}" if isinstance(value, (int, float)) else repr(value)
-            raise UserError(
-                f"schedule.args: with {args} the share of the learning rate by {name} is {shown} at the"
-                f" moment {t:g} (from 0 to 1); it must be a number from 0 on."
-            )
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return function(t=(step - warmup) / max(1, total - 1 - warmup), **args)
-
-    return share
+    except Exception:  # one of the user's own, made for these very weights
+        return
+    for weight in small.values():
+        weight.grad = torch.ones_like(weight)
+    try:
+        optimizer.step()
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise UserError(
+            f"optim.name: '{config.optim.name}' can't take a step in this loop: {reason}."
+        ) from error
+    if bad := unreadable(optimizer.state_dict(), "optimizer"):
+        raise UserError(f"optim.name: no checkpoint could hold the state of '{config.optim.name}': {bad}.")
 
 
-def _corners(args: dict[str, Any]) -> list[float]:
-    """Moments from 0 to 1 that show what a schedule does: some everywhere, and those about each argument."""
-    values = [item for value in args.values() for item in (value if isinstance(value, list) else [value])]
-    moments = [value for value in values if isinstance(value, (int, float)) and 0 < value < 1]
-    about = [
-        near for moment in moments for near in (math.nextafter(moment, 0), moment, math.nextafter(moment, 1))
-    ]
-    return [*(k / 20 for k in range(21)), *about]
+def describe(optimizer: torch.optim.Optimizer) -> str:
+    """Its groups of weights in a few words."""
+    groups = optimizer.param_groups
+    rates = [group["initial_lr"] for group in groups]
+    bare = sum(len(group["params"]) for group in groups if not group.get("weight_decay"))
+    total = sum(len(group["params"]) for group in groups)
+    return (
+        f"{len(groups)} groups of weights, with rates from {min(rates):g} to {max(rates):g}, {bare} of"
+        f" {counted(total, 'weight')} without decay"
+    )
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], before: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Restores the optimizer's tensors, and the options of its groups of weights.
+
+    Options that may lie in a group as state stay as they were saved, unless the configuration's are others
+    now. The rate that the schedule scales, and how steps are computed, are the configuration's.
+
+    Args:
+        before, now: the section `optim` of the saved configuration and of this one.
+
+    Raises ValueError where weights are in other groups now.
+    """
+    if _partition(before) != _partition(now):
+        raise ValueError(
+            "optim.groups, optim.no_decay or optim.layer_decay put weights into other groups now"
+        )
+    present, count = len(optimizer.param_groups), len(saved["param_groups"])
+    if present != count:
+        plural = "s" if present > 1 else ""
+        raise ValueError(f"the optimizer has {present} group{plural} of weights, the saved one {count}")
+    is_changed = any(before.get(name) != now.get(name) for name in ("args", "groups"))
+    ours = {"initial_lr", "fused", "foreach"}
+    groups = []
+    for old, new in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        kept = {"params"} if is_changed else old.keys() - ours
+        groups.append(new | {name: old[name] for name in kept})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _partition(optim: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides which weights are together, of the section `optim` of a configuration."""
+    matches = [group["match"] for group in optim.get("groups", [])]
+    return matches, optim.get("no_decay", []), optim.get("layer_decay", 1) != 1
 
 
 def scale_lr(optimizer: torch.optim.Optimizer, share: float) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import Config
+from dist_train.rows import local
 from dist_train.runtime import Runtime
 from dist_train.tree import Subtrees, Tensors, add, sum_over_ranks
 
@@ -93,9 +94,13 @@ class Parallel:
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
 
+    def gradients(self) -> list[torch.Tensor]:
+        """What this rank holds of each gradient, in its memory."""
+        return [local(weight.grad) for weight in self.weights if weight.grad is not None]
+
     def scale(self, factor: torch.Tensor) -> None:
         """Multiplies all gradients by a number on the device."""
-        torch._foreach_mul_([weight.grad for weight in self.weights if weight.grad is not None], factor)
+        torch._foreach_mul_(self.gradients(), factor)
 
     def row_norms(self) -> list[torch.Tensor]:
         """Of each trained weight the norm of each row `[R]` of its gradient, from which follow all others.
@@ -108,6 +113,12 @@ class Parallel:
     def clip(self, norm: torch.Tensor, most: float) -> None:
         """Scales a gradient of this norm to one of `most`, if it is greater."""
         self.scale(torch.clamp(most / (norm + 1e-6), max=1.0))
+
+    def clip_values(self, most: float) -> None:
+        """Brings each number of the gradient between -`most` and `most`."""
+        if gradients := self.gradients():
+            torch._foreach_clamp_min_(gradients, -most)
+            torch._foreach_clamp_max_(gradients, most)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UserError for an optimizer that does not work with a model that is spread so."""

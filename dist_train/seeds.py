@@ -9,6 +9,7 @@ A seed is a function of the run's seed and of what it is for:
 | samples held out for evaluation | seed | `generator(key(seed, "hold out"))` |
 | augmentation of a sample | seed, epoch, index of the sample | `seed_sample`; of many: draws.py |
 | dropout and other noise of the model | seed, step, part of the global batch | `seed_device` |
+| what an optimizer of another package draws | seed, step | `seed_device` |
 | what a sweep draws | its seed, name of the parameter, number of the run | `key` |
 
 Nothing else seeds a generator. This file is imported without torch, as commands do that train nothing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,18 @@ class State:
     best_by: str = ""  # which metric that is, as "max eval/accuracy"; empty: the task's own
     metrics: dict[str, float] = field(default_factory=dict)  # of an evaluation at this very step
     window: dict[str, list[float]] = field(default_factory=dict)  # of the steps since the last row of metrics
+    history: dict[str, list[float]] = field(default_factory=dict)  # of each metric in all evaluations so far
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
         return self.learner.step
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Takes up what an evaluation at this step has given."""
+        self.metrics = dict(metrics)
+        for name, value in metrics.items():
+            self.history.setdefault(name, []).append(value)
 
 
 def to_dict(config: Config, state: State, data: Data) -> dict[str, Any]:
@@ -48,6 +55,7 @@ def to_dict(config: Config, state: State, data: Data) -> dict[str, Any]:
         "best_by": state.best_by,
         "metrics": state.metrics,
         "window": state.window,
+        "history": state.history,
         "world_size": state.learner.ranks.world_size,  # of no meaning for the steps to come
         "classes": list(map(str, data.classes)),
         "sample_shape": list(data.sample_shape),
@@ -158,6 +166,7 @@ def fill(saved: dict[str, Any], state: State, where: str) -> None:
     state.best, state.best_step = saved["best"], saved.get("best_step")
     state.best_by = saved.get("best_by") or saved["config"]["checkpoint"]["best"]
     state.metrics, state.window = saved["metrics"], saved["window"]
+    state.history = {name: list(values) for name, values in saved.get("history", {}).items()}
 
 
 def _share_parts(config: Config, saved: dict[str, Any], learner: Learner) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, optim, runtime, tasks
+from dist_train import checkpoint, data, optim, rates, runtime, tasks
 from dist_train import state as states
 from dist_train.checkpoint.memory import Memory
 from dist_train.checkpoint.snapshot import unreadable
@@ -32,7 +32,7 @@ from dist_train.config import (
 )
 from dist_train.guard.guard import Guard
 from dist_train.learner import Learner
-from dist_train.meters import Best
+from dist_train.meters import Best, stop_when
 from dist_train.parts import keeps_bits, part_size
 from dist_train.record.history import read_status
 from dist_train.record.record import Begin, Record
@@ -55,6 +55,7 @@ class Result:
     step: int
     metrics: dict[str, float]  # of an evaluation after this step; empty where there was none
     best: dict[str, float]  # so far: the value of the metric that chooses the best checkpoint, by its name
+    stopped: str = ""  # why it was complete before its last step, by `train.stop_when`
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,14 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
             raise UserError(f"a checkpoint of this run could not be used: {bad}.")
     by = config.checkpoint.best or task.best
     best = Best.parse(by)
-    if ranks.from_main(_is_finished(config, state, job.total)):
+    if ranks.from_main(_is_finished(job, state)):
         guard.clear()
+        stopped = job.stopped(state)
         if ranks.is_main:
-            print(f"The run is complete: {config.run_dir} (step {learner.step:,} of {job.total:,}).")
-        return Result(config.run_dir, "completed", learner.step, state.metrics, best.named(state.best))
+            why = f": {stopped}" if stopped else ""
+            print(f"The run is complete: {config.run_dir} (step {learner.step:,} of {job.total:,}{why}).")
+        named = best.named(state.best)
+        return Result(config.run_dir, "completed", learner.step, state.metrics, named, stopped)
     with ranks.together():
         newest = start
         guard.take(notes.append)
@@ -197,7 +201,8 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     guard.watch(ranks, record.fail if ranks.is_main else None, can_meet_anew=kept.memory is not None)
     end = _attempt(job, state, record, saver, guard)
     ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
-    return Result(config.run_dir, end, learner.step, state.metrics, best.named(state.best))
+    named, stopped = best.named(state.best), job.stopped(state)
+    return Result(config.run_dir, end, learner.step, state.metrics, named, stopped)
 
 
 def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoints, guard: Guard) -> str:
@@ -210,7 +215,7 @@ def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoin
             reason = guard.why_stopped(job.ranks)
         else:
             reason = trainer.train()
-        end = "interrupted" if reason else "completed"
+        end, reason = "interrupted" if reason else "completed", reason or job.stopped(state)
     except KeyboardInterrupt:
         end, reason = "interrupted", "a second SIGINT"
         raise
@@ -255,8 +260,9 @@ def _prepare(config: Config, ranks: Runtime, given: Given, kept: Kept) -> tuple[
             both = f"{config.data.name} and {given_name(given.eval_data)}"
             config = replace(config, data=replace(config.data, name=both))
         total = sets.total_steps(config)
-        schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
-    return config, Job(config, ranks, sets, total, schedule), task
+        schedule = rates.schedule(config, total, sets.steps_per_epoch(config))
+        rules = stop_when(config, config.checkpoint.best or task.best)
+    return config, Job(config, ranks, sets, total, schedule, rules), task
 
 
 def _write_config(config: Config, ranks: Runtime) -> None:
@@ -303,11 +309,12 @@ def _check_length(config: Config, start: Path, step: int, total: int) -> None:
         )
 
 
-def _is_finished(config: Config, state: State, total: int) -> bool:
+def _is_finished(job: Job, state: State) -> bool:
     """Whether the run is complete, and nothing is missing that is made at its end."""
-    if state.step < total or not state.metrics:
+    if not job.is_done(state):
         return False
-    status, run = read_status(config.run_dir), config.run_dir
+    run = job.config.run_dir
+    status = read_status(run)
     return (
         (status.get("state"), status.get("step")) == ("completed", state.step)
         and (run / "model.safetensors").exists()
@@ -331,6 +338,8 @@ def _describe(job: Job, learner: Learner) -> list[str]:
             f"{ranks.world_size} processes can't hold whole subtrees of {learner.parts} parts: what they"
             " compute agrees with other numbers of processes but for rounding"
         )
+    if len(learner.optimizer.param_groups) > 1:
+        lines.append(optim.describe(learner.optimizer))
     if fetching := data.described(sets.train, config, ranks):
         lines.append(fetching)
     return [*lines, *sets.notes]

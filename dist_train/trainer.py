@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from dist_train import checkpoint, data
 from dist_train import state as states
-from dist_train.config import Config, Every, RunError
+from dist_train.config import Config, Every, RunError, StopWhen
 from dist_train.evaluate import Unread
 from dist_train.guard.guard import Guard
 from dist_train.learner import Step
 from dist_train.meters import Best, Clock, Window
+from dist_train.rates import History
 from dist_train.record.record import Record
 from dist_train.runtime import Runtime
 from dist_train.state import State
@@ -36,12 +37,22 @@ class Job:
     ranks: Runtime
     data: data.Data
     total: int  # optimizer steps of the whole run
-    schedule: Callable[[int], float]  # the share of the learning rate at a step
+    schedule: Callable[[int, History], float]  # the share of the learning rate at a step
+    stop_when: list[StopWhen]
 
     @cached_property
     def per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
         return self.data.steps_per_epoch(self.config)
+
+    def stopped(self, state: State) -> str:
+        """Why the run is complete at this step by `train.stop_when`, or nothing."""
+        reasons = (rule.reached(state.history) for rule in self.stop_when if state.metrics)
+        return next(filter(None, reasons), "")
+
+    def is_done(self, state: State) -> bool:
+        """Whether there is no step to take any more, and the last evaluation is there."""
+        return bool(state.metrics) and (state.step >= self.total or bool(self.stopped(state)))
 
 
 class Due(NamedTuple):
@@ -96,9 +107,10 @@ class Trainer:
         learner, guard = self.learner, self.guard
         if self.is_evaluation_missing() and not (self.evaluate() and self.save()):
             return guard.why_stopped(self.ranks)
-        while learner.step < self.job.total:
+        while learner.step < self.job.total and not self.job.is_done(self.state):
             due = self.due(learner.step + 1)
-            step = learner.train_step(self.parts(), self.job.schedule(learner.step), with_norm=due.log)
+            share = self.job.schedule(learner.step, self.state.history)
+            step = learner.train_step(self.parts(), share, with_norm=due.log)
             self.take(step)
             if not any(due) and learner.step < self.meet_at:
                 continue
@@ -106,7 +118,9 @@ class Trainer:
             if due.log:
                 self.log(step)
             stop = agreed.stop or (due.eval and not self.evaluate())  # the next attempt repeats it
-            if due.save or agreed.save or stop or self.best.improves(self.state.metrics, self.state.best):
+            is_last = self.job.is_done(self.state)
+            improves = self.best.improves(self.state.metrics, self.state.best)
+            if due.save or agreed.save or stop or is_last or improves:
                 self.save()
             elif agreed.copy:
                 self.copy()
@@ -114,7 +128,7 @@ class Trainer:
             if stop:
                 break
         self.finish_saving()
-        if learner.step < self.job.total or not self.state.metrics:
+        if not self.job.is_done(self.state):
             return guard.why_stopped(self.ranks)
         self.export()
         return ""
@@ -195,13 +209,15 @@ class Trainer:
             return self.guard.asked
 
         with self.clock.excluded("productive"):
-            self.state.metrics, unread = self.learner.evaluate(self.eval_batches, stop)
+            metrics, unread = self.learner.evaluate(self.eval_batches, stop)
         self.record.bad_samples(unread)
-        if self.state.metrics:
-            self.row("eval", self.state.metrics)
-        return bool(self.state.metrics)
+        if metrics:
+            self.state.evaluated(metrics)
+            reason = self.job.stopped(self.state)
+            self.row("eval", metrics | ({"stopped": reason} if reason else {}))
+        return bool(metrics)
 
-    def row(self, kind: str, values: dict[str, float]) -> None:
+    def row(self, kind: str, values: Mapping[str, float | str]) -> None:
         """Records a row after the step taken last; whoever reads it may ask to stop."""
         step = self.learner.step
         if not self.record.row(kind, step, (step - 1) // self.job.per_epoch, values):

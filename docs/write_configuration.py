@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import models, optim
+from dist_train import models, optim, rates
 from dist_train.config import Config
 from dist_train.config.options import Rule
 from dist_train.config.schema import each_key
@@ -72,8 +72,9 @@ arguments of `args`, and with those of the following that its signature takes.
 - `model.name`: `input_shape`, `in_channels`, `num_classes`. It returns a module.
 - `task.name`: it returns an object with `best`, `loss` and `metrics`, as in
   [examples/regression.py](../examples/regression.py).
-- `optim.name`: the weights, `lr`. It returns an optimizer. The schedule scales the rate of each group of
-  weights; the `lr` of metrics.jsonl is that of `optim.lr`.
+- `optim.name`: the weights, or groups of them where `optim.groups` and the like make some, and `lr`. It
+  returns an optimizer. The schedule scales the rate of each group of weights; the `lr` of metrics.jsonl is
+  that of `optim.lr`.
 - `schedule.name`: `t`, the moment from 0 (the end of the warm-up) to 1 (the end of the training). It returns
   the share of the peak learning rate at this moment, a number from 0 on, and is a function of its arguments
   alone: it has no state.
@@ -113,7 +114,7 @@ def page() -> str:
         ("data.name` and `data.args", sources.SOURCES),
         ("model.name` and `model.args", models.MODELS),
         ("optim.name` and `optim.args", {"Muon": optim.Muon}),
-        ("schedule.name` and `schedule.args", optim.SCHEDULES),
+        ("schedule.name` and `schedule.args", rates.SCHEDULES),
         ("task.name` and `task.args", TASKS),
     ]
     for title, functions in named:
@@ -150,7 +151,18 @@ def _number(value: float) -> str:
 
 def _row(name: str, function: Callable[..., Any]) -> str:
     """A function by its own arguments; those that the program gives are left out."""
-    given = ("root", "train", "input_shape", "in_channels", "num_classes", "matrices", "lr", "t")
+    given = (
+        "root",
+        "train",
+        "input_shape",
+        "in_channels",
+        "num_classes",
+        "matrices",
+        "lr",
+        "t",
+        "values",
+        "sign",
+    )
     arguments = [
         f"`{p.name}`" if p.default is p.empty else f"`{p.name}: {_yaml(p.default)}`"
         for p in inspect.signature(function).parameters.values()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_train import optim
+from dist_train import rates as rates_module
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.config.options import OBJECT
 from dist_train.config.schema import each_key
@@ -27,8 +28,8 @@ from tests.worlds import SMALL
 
 def rates(total: int, per_epoch: int = 10, lr: float = 1.0, **schedule: Any) -> list[float]:
     config = from_mapping({"optim": {"lr": lr}, "schedule": schedule, "train": {"steps": total}})
-    function = optim.schedule(config, total, per_epoch)
-    return [lr * function(step) for step in range(total)]
+    function = rates_module.schedule(config, total, per_epoch)
+    return [lr * function(step, {}) for step in range(total)]
 
 
 def optimizers() -> list[str]:
@@ -86,8 +87,47 @@ def test_a_warm_up_rises_in_a_line_and_the_schedule_begins_after_it(warmup: Any,
     assert values[-1] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_wsd_stays_at_its_peak_and_falls_at_the_end() -> None:
+    values = rates(26, lr=2.0, name="wsd", warmup=5, args={"decay": 0.4, "final": 0.1})
+    assert values[5:18] == [2.0] * 13
+    assert values[17:] == pytest.approx([2.0 + (0.2 - 2.0) * k / 8 for k in range(9)])
+    root = rates(26, lr=1.0, name="wsd", args={"decay": "5 steps", "shape": "root"})
+    assert root[20:] == pytest.approx([1 - math.sqrt(k / 5) for k in range(6)])
+
+
+def test_lengths_and_moments_of_a_schedule_may_be_steps_and_epochs() -> None:
+    """A length counts back from the end, a moment from the beginning, the warm-up included."""
+    for total in (41, 61):
+        falling = rates(total, name="wsd", warmup="1 epoch", args={"decay": "2 epochs"})
+        assert [k for k in range(10, total) if falling[k] == 1.0] == list(range(10, total - 20))
+        stairs = rates(total, name="step", warmup=5, args={"milestones": ["2 epochs", "30 steps"]})
+        assert stairs[5:] == pytest.approx([1.0] * 15 + [0.1] * 10 + [0.01] * (total - 30))
+
+
+@pytest.mark.parametrize(("patience", "by", "final"), [(0, 0.0, 0.0), (2, 0.0, 0.3), (1, 0.05, 0.0)])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_plateau_lowers_the_rate_as_that_of_torch(patience: int, by: float, final: float, mode: str) -> None:
+    values = torch.rand(40, generator=torch.Generator().manual_seed(1)).tolist()
+    values[7] = math.nan
+    (weight,) = nn.Linear(1, 1, bias=False).parameters()
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode, 0.5, patience, threshold=by, threshold_mode="abs", min_lr=final, eps=0
+    )
+    args = {"factor": 0.5, "patience": patience, "by": by, "final": final, "metric": f"{mode} eval/x"}
+    config = from_mapping(
+        {"schedule": {"name": "plateau", "args": args, "warmup": 2}, "train": {"steps": 99}}
+    )
+    ours = rates_module.schedule(config, 99, 9)
+    for count, value in enumerate(values, 1):
+        theirs.step(value)
+        assert ours(50, {"eval/x": values[:count], "eval/y": []}) == optimizer.param_groups[0]["lr"]
+    assert ours(0, {"eval/x": values}) == 0.5  # of the warm-up
+    assert ours(50, {}) == 1.0
+
+
 def test_a_run_of_one_step_has_a_rate() -> None:
-    for name in optim.SCHEDULES:
+    for name in rates_module.SCHEDULES:
         assert math.isfinite(*rates(1, name=name))
 
 
@@ -122,6 +162,13 @@ def test_one_cycle_may_only_rise_or_only_fall() -> None:
         ("step", {"gamma": "0.1"}, "step refused"),
         ("step", {"gamma": -0.1, "milestones": [0.501, 0.502]}, "is -0.1 at the moment 0.501"),
         ("step", {"gamma": 1e200}, "step refused"),
+        ("step", {"milestones": ["1 epoch", "2 epochs"]}, "milestones is a list of moments from 0 to 1"),
+        ("wsd", {"decay": 1.5}, "decay is a share of the time, from 0 to 1, not 1.5"),
+        ("wsd", {"shape": "square"}, "shape is linear or root, not 'square'"),
+        ("plateau", {"factor": 2}, "factor lies between 0 and 1"),
+        ("plateau", {"patient": 2}, "patient: plateau has no such argument .*'patience'"),
+        ("plateau", {"sign": 1}, "sign: it is not yours to set"),
+        ("plateau", {"metric": "loss"}, "metric: is written as `max eval/accuracy`, not 'loss'"),
     ],
 )
 def test_a_schedule_that_would_fail_at_some_step_is_refused_at_the_start(
@@ -130,13 +177,13 @@ def test_a_schedule_that_would_fail_at_some_step_is_refused_at_the_start(
     config = from_mapping(
         {"optim": {"lr": 1}, "schedule": {"name": name, "args": args}, "train": {"steps": 9}}
     )
-    with pytest.raises(UserError, match=f"schedule.args: .*{told}"):
-        optim.schedule(config, 9, 9)
+    with pytest.raises(UserError, match=f"schedule.args[.:].*{told}"):
+        rates_module.schedule(config, 9, 9)
 
 
 def test_every_schedule_is_a_choice_of_its_key() -> None:
     choices = next(rule.choices for key, rule, _ in each_key(Config()) if key == "schedule.name")
-    assert list(choices) == [*optim.SCHEDULES, OBJECT]
+    assert list(choices) == [*rates_module.SCHEDULES, OBJECT]
 
 
 WAVES = """
@@ -463,6 +510,19 @@ def test_clipping_bounds_the_length_of_a_step(
     assert free.norm() > 0.1
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
     assert torch.dot(free, clipped) / free.norm() / clipped.norm() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_by_value_bounds_each_number_of_a_step(
+    precision: str, here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    moved = {}
+    for name, words in {"start": ["optim.lr=0"], "free": [], "clipped": ["train.clip_value=0.01"]}.items():
+        here(*small, f"run.name={name}", "train.steps=1", "optim.lr=1", f"precision={precision}", *words)
+        moved[name] = flat(weights(tmp_path, name)["model"])
+    free, clipped = moved["free"] - moved["start"], moved["clipped"] - moved["start"]
+    assert free.abs().max() > 0.02
+    assert torch.allclose(clipped, free.clamp(-0.01, 0.01), atol=1e-6)
 
 
 def test_the_moving_average_follows_its_formula_and_is_what_is_evaluated(

@@ -166,16 +166,17 @@ class Tag:
 
 
 class Tagged(torch.optim.SGD):
-    """An optimizer with an object among its options, or from its first step on in its state."""
+    """An optimizer with an object among its options, or from some step on in its state."""
 
-    def __init__(self, params: Any, lr: float, late: bool) -> None:
+    def __init__(self, params: Any, lr: float, late: int) -> None:
         super().__init__(params, lr)
         self.late = late
         if not late:
             self.param_groups[0]["tag"] = Tag()
 
     def step(self, closure: Any = None) -> Any:
-        if self.late:
+        self.late -= 1
+        if self.late == 0:
             self.state[self.param_groups[0]["params"][0]]["tag"] = Tag()
         return super().step(closure)
 
@@ -190,16 +191,17 @@ class Unpicklable(Tag):
 def test_a_state_that_could_not_be_read_back_is_refused_before_the_first_step(
     here: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
-    words = ["optim.name=tests.test_recovery:Tagged", "optim.args.late=false"]
-    with pytest.raises(UserError, match=r"optimizer\.param_groups\[0\]\.tag is a tests\.test_recovery\.Tag"):
-        here(*small, *words)
-    assert not (tmp_path / "runs").exists()
+    for late, name in ((0, r"param_groups\[0\]"), (1, r"state\.0")):  # the second comes with a step
+        words = ["optim.name=tests.test_recovery:Tagged", f"optim.args.late={late}"]
+        with pytest.raises(UserError, match=rf"optimizer\.{name}\.tag is a tests\.test_recovery\.Tag"):
+            here(*small, *words)
+        assert not (tmp_path / "runs").exists()
 
 
 def test_a_state_that_becomes_so_is_refused_at_the_first_save(
     here: Callable[..., Any], small: list[str], tmp_path: Path, folder: Path
 ) -> None:
-    words = ["optim.name=tests.test_recovery:Tagged", "optim.args.late=true", "checkpoint.every=3"]
+    words = ["optim.name=tests.test_recovery:Tagged", "optim.args.late=2", "checkpoint.every=3"]
     with pytest.raises(RunError, match=r"is not saved: .* optimizer\.state\.0\.tag is a tests\.test_rec"):
         here(*small, *words, "train.steps=1000")
     status = read_status(tmp_path / "runs/run")

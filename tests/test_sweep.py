@@ -14,6 +14,7 @@ import yaml
 
 from dist_train.cluster.sweep import draw, expand, pick, text
 from dist_train.config import UserError, load
+from dist_train.record.history import read_status
 from tests.processes import REPO, Finished
 
 COMMAND = [
@@ -210,11 +211,14 @@ def test_what_the_configuration_refuses_is_told_with_the_task(
         pick(expand(half), 2)
 
 
+TWO = "dist-train: sweep: give one of --list, --task, --count, --train and --results.\n"
+
+
 def test_two_questions_at_once_are_refused(
     cli: Callable[..., Finished], write: Callable[[Any], Path]
 ) -> None:
     result = cli("sweep", write(GRID), "--count", "--task", 0)
-    assert (result.rc, result.err) == (2, "dist-train: sweep: give one of --list, --task and --count.\n")
+    assert (result.rc, result.err) == (2, TWO)
     missing = cli("sweep", "nowhere.yaml")
     assert (missing.rc, missing.err.count("\n")) == (2, 1), missing
     assert "nowhere.yaml: the sweep file can't be read" in missing.err
@@ -243,3 +247,53 @@ def test_an_agent_of_wandb_trains_what_our_tasks_train(file: Path, monkeypatch: 
         assert theirs.run.name == f"{file.stem}-abc123"
         theirs.run.name, theirs.wandb.group = ours.run.name, ours.wandb.group
         assert theirs == ours
+
+
+def test_several_seeds_are_trained_named_and_grouped_by_a_short_command_and_their_spread_is_told(
+    cli: Callable[..., Finished], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 4\n")
+    words = ["sweep", "recipe.yaml", *small, "--seeds", 3]
+    listed = cli(*words, "--list")
+    assert listed.out == "   4  seed=4\n   5  seed=5\n   6  seed=6\n", listed
+    arguments = cli(*words, "--task", 2).out.splitlines()
+    assert {"run.name=recipe-seed-6", "seed=6", "wandb.group=recipe-seed"} < set(arguments)
+    assert cli(*words, "--results").out.splitlines()[1] == "recipe-seed-5  seed=5  not begun"
+    trained = cli(*words, "--train")
+    assert trained.rc == 0, trained
+    *lines, spread = trained.out.splitlines()
+    assert [line.split("  ")[:3] for line in lines[-3:]] == [
+        [f"recipe-seed-{seed}", f"seed={seed}", "completed"] for seed in (4, 5, 6)
+    ]
+    monkeypatch.chdir(tmp_path)
+    losses = [read_status(Path(f"runs/recipe-seed-{seed}"))["metrics"]["eval/loss"] for seed in (4, 5, 6)]
+    assert len(set(losses)) == 3
+    mean, deviation = statistics.mean(losses), statistics.stdev(losses)
+    told = f"mean ± standard deviation of 3 runs: eval/loss {mean:.4g} ± {deviation:.2g}  eval/accuracy"
+    assert spread.startswith(told)
+    again = cli(*words, "--train").out
+    assert again.count("The run is complete") == 3 and again.endswith(f"{spread}\n")
+    assert cli(*words, "--results").out.splitlines() == [*lines[-3:], spread]
+
+
+def test_seeds_that_are_interrupted_go_on_by_the_same_command_also_on_two_ranks(
+    ranks: Callable[..., list[Finished]], small: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 0\n")
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "def halting(t):\n"
+        "    is_second = os.path.exists('runs/recipe-seed-1/metrics.jsonl')\n"
+        "    if os.environ['RANK'] == '0' and t > 0.5 and is_second and not os.path.exists('been'):\n"
+        "        open('been', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return 1.0\n"
+    )
+    words = ["sweep", "recipe.yaml", *small, "schedule.name=mine:halting", "--seeds", 2, "--train"]
+    stopped = ranks(2, *words)
+    assert [rank.rc for rank in stopped] == [75, 75], stopped
+    assert read_status(tmp_path / "runs/recipe-seed-0")["state"] == "completed"
+    assert read_status(tmp_path / "runs/recipe-seed-1")["state"] == "interrupted"
+    done = ranks(2, *words)
+    assert [rank.rc for rank in done] == [0, 0], done
+    assert "mean ± standard deviation of 2 runs" in done[0].out and done[1].out == ""

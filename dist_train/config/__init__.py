@@ -17,6 +17,7 @@ from dist_train.config.load import (
 )
 from dist_train.config.objects import GIVEN, construct, given_name, import_object, with_given
 from dist_train.config.schema import Config, get
+from dist_train.config.stopping import StopWhen
 from dist_train.config.trust import from_file
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "Every",
     "RunError",
+    "StopWhen",
     "UserError",
     "changes",
     "completed",

@@ -131,10 +131,29 @@ class OptimConfig:
     """How weights follow gradients."""
 
     name: str = option(
-        "SGD", "A class of torch.optim, or `package.module:object`; Muon is ours and takes any model."
+        "SGD",
+        "A class of torch.optim, timm/NAME for one of timm's, such as timm/lamb or timm/lion, or "
+        "`package.module:object`; Muon is ours and takes any model.",
     )
     lr: float = option(1e-3, "Peak learning rate.", least=0)
     args: dict[str, Any] = option({}, "Further arguments, such as momentum or weight_decay; checked.")
+    no_decay: list[str] = option(
+        [],
+        "Weights without weight decay: `norms`, `biases`, `embeddings`, or patterns of names as in "
+        "optim.groups.",
+    )
+    groups: list[Any] = option(
+        [],
+        "Weights with options of their own: `{match: pattern, lr: x0.1, weight_decay: 0}`, and whatever else "
+        "the optimizer takes. The pattern, or one of a list of them, is the name of a weight or of a module "
+        "that holds it, `*` any text in it; the first match counts. x0.1 is a tenth of optim.lr.",
+    )
+    layer_decay: float = option(
+        1.0,
+        "Each layer has so many times the rate of the layer after it, as 0.75. timm's models know their "
+        "layers; else they are the items of lists and what stands beside these (optimizers.md).",
+        least=0,
+    )
 
 
 @dataclass
@@ -144,11 +163,13 @@ class ScheduleConfig:
     name: str = option(
         "constant",
         "Shape of the learning rate after the warm-up.",
-        choices=("constant", "linear", "cosine", "one_cycle", "step", OBJECT),
+        choices=("constant", "linear", "cosine", "one_cycle", "step", "wsd", "plateau", OBJECT),
     )
     warmup: int | str = option(0, "Linear warm-up before it: `500` (optimizer steps) or `2 epochs`.")
     args: dict[str, Any] = option(
-        {}, "Arguments of the schedule, such as final (share of the peak); checked."
+        {},
+        "Arguments of the schedule, such as final (share of the peak); checked. Lengths and moments may be "
+        "written as `500 steps` or `2 epochs`.",
     )
 
 
@@ -184,7 +205,16 @@ class TrainConfig:
         "bits on each number of processes.",
         may_change=True,
     )
+    stop_when: str = option(
+        "",
+        "The run is complete before its end: `eval/loss not better for 5 evaluations`, `max eval/accuracy "
+        "not better by 0.001 for 3 evaluations`, `eval/accuracy above 0.9`, or several with commas.",
+        may_change=True,
+    )
     clip_norm: float = option(0.0, "Largest norm of the gradient; 0: no clipping.", least=0)
+    clip_value: float = option(
+        0.0, "Largest number in the gradient, after clipping its norm; 0: no clipping.", least=0
+    )
     ema: float = option(
         0.0, "Decay of the moving average of weights used in evaluation; 0: none.", least=0, below=1
     )

@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from dist_train.config.errors import UserError, nearest
 from dist_train.config.every import Every, parse_seconds
 from dist_train.config.schema import Config, all_keys, each_key, get
+from dist_train.config.stopping import StopWhen
 
 
 @cache
@@ -89,7 +90,7 @@ def check_values(config: Config, origin: Mapping[str, str]) -> None:
     Args:
         origin: full key -> the file or argument that set it.
     """
-    for objections in (_limits, _lengths, _channels, _paths, _intervals):
+    for objections in (_limits, _lengths, _channels, _paths, _intervals, _groups):
         for key, why in objections(config):
             raise UserError(f"{origin.get(key, 'config')}: '{key}' {why}.")
 
@@ -147,10 +148,27 @@ def _intervals(config: Config) -> Objections:
             parse_seconds(config.stop_after)
         except ValueError as error:
             yield "stop_after", f"{error}, not {_shown(config, 'stop_after')}"
+    try:
+        StopWhen.parse(config.train.stop_when)
+    except ValueError as error:
+        yield "train.stop_when", f"{error}, not {_shown(config, 'train.stop_when')}"
     best = config.checkpoint.best
     if best not in ("", "none") and not re.fullmatch(r"(max|min) eval/\S+", best):
         wanted = "is written as 'max eval/accuracy' or 'min eval/loss'"
         yield "checkpoint.best", f"{wanted}, not {_shown(config, 'checkpoint.best')}"
+
+
+def _groups(config: Config) -> Objections:
+    """Groups of weights: each a pattern, and options of which only the rate is known here."""
+    for number, group in enumerate(config.optim.groups):
+        patterns = group.get("match") if isinstance(group, dict) else None
+        patterns = patterns if isinstance(patterns, list) else [patterns]
+        if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+            yield "optim.groups", f"has as [{number}] nothing like {{match: head, lr: x0.1}}: {group!r}"
+            return
+        rate = str(group.get("lr", 1))
+        if not re.fullmatch(r"x?\d+(\.\d*)?(e[+-]?\d+)?", rate):
+            yield "optim.groups", f"has as [{number}].lr neither a number from 0 on nor x0.1, but {rate!r}"
 
 
 def _shown(config: Config, key: str) -> str:

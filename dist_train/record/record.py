@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ class Record:
         """Mean seconds between interruptions of this run; several hours where there was none."""
         return self.seconds / (self.attempt - 1) if self.attempt > 1 else max(self.seconds, UNDISTURBED)
 
-    def row(self, kind: str, step: int, epoch: int, values: dict[str, Any]) -> bool:
+    def row(self, kind: str, step: int, epoch: int, values: Mapping[str, Any]) -> bool:
         """Records a row of metrics after `step` optimizer steps; False if its reader asks to stop.
 
         Args:
@@ -111,7 +111,7 @@ class Record:
         row |= {name: _finite(value) for name, value in values.items()}
         self._metrics.add(json.dumps(row))
         if kind == "eval":
-            self._evaluated = {name: _finite(value) for name, value in values.items()}
+            self._evaluated = {k: _finite(value) for k, value in values.items() if k != "stopped"}
         self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
         if self.mirrored:

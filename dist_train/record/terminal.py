@@ -75,7 +75,7 @@ def describe(row: dict[str, Any]) -> str:
     shown = [
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row.items()
-        if not name.startswith(("perf/", "kind", "step", "epoch", "time", "attempt"))
+        if not name.startswith(("perf/", "lr/", "kind", "step", "epoch", "time", "attempt"))
     ]
     if row.get("perf/samples_per_second"):
         shown.append(f"{row['perf/samples_per_second']:,.0f} samples/s")

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from dist_train import data, flops, optim, runtime, tasks
+from dist_train import data, flops, rates, runtime, tasks
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
 from dist_train.learner import Learner
@@ -128,7 +128,7 @@ class Job:
             with ranks.main_of_node_first():
                 sets, task = data.build(config), tasks.build(config)
             self.total = sets.total_steps(config)
-            self.schedule = optim.schedule(config, self.total, sets.steps_per_epoch(config))
+            self.schedule = rates.schedule(config, self.total, sets.steps_per_epoch(config))
         self.learner = Learner(config, ranks, sets, task)
         self.workers = workers(sets.train, config, ranks)
         self.samples = 0
@@ -146,7 +146,7 @@ class Job:
     def train(self, steps: int) -> None:
         """Takes some steps; beyond the end of the run with the last learning rate."""
         for _ in range(steps):
-            self.learner.train_step(self.parts(), self.schedule(min(self.learner.step, self.total - 1)))
+            self.learner.train_step(self.parts(), self.schedule(min(self.learner.step, self.total - 1), {}))
 
     def parts(self) -> Iterator[data.Batch]:
         """This rank's parts of the next step."""

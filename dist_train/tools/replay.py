@@ -7,6 +7,7 @@ N ranks did with M micro-batches each, one process does with N x M, by the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 
-from dist_train import checkpoint, data, models, optim, runtime, tasks
+from dist_train import checkpoint, data, models, rates, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, counted, from_file, printable
 from dist_train.learner import Learner
 from dist_train.nested import map_tensors
-from dist_train.record.history import read_attempts, read_status
+from dist_train.record.history import read_attempts, read_metrics, read_status
 from dist_train.runtime import Runtime
 from dist_train.state import State
 from dist_train.tasks import wide
@@ -32,7 +33,8 @@ COLUMNS = 8
 MOST_NUMBERS = 100  # of a target that is shown
 MOST_CLASSES = 4  # in a mixture that is shown by their names
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
-            "channels_last", "deterministic", "threads", "on_nonfinite", "max_skips")  # fmt: skip
+            "channels_last", "checkpoint.best", "deterministic", "threads", "on_nonfinite",
+            "max_skips")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,15 @@ def _steps(
     state = State(learner)
     if saved:
         states.fill(saved, state, str(config.run_dir))
-    schedule = optim.schedule(config, total, sets.steps_per_epoch(config))
+    schedule = rates.schedule(config, total, sets.steps_per_epoch(config))
+    evaluations = _evaluations(config.run_dir, state)
     feed = sets.train_feed(config, ranks, learner.step, stop, learner.parts)
     while learner.step < stop - 1:
-        learner.train_step(islice(feed, learner.per_rank), schedule(learner.step))
+        share = schedule(learner.step, evaluations(learner.step))
+        learner.train_step(islice(feed, learner.per_rank), share)
     parts = list(islice(feed, learner.per_rank))
-    done = learner.train_step(parts, schedule(learner.step), with_norm=True)
+    done = learner.train_step(parts, schedule(learner.step, evaluations(learner.step)), with_norm=True)
+    state.history = evaluations(learner.step)
     names = [name for name, weight in learner.model.named_parameters() if weight.requires_grad]
     norms = [float(torch.linalg.vector_norm(rows)) for rows in done.row_norms]
     gradients = dict(zip(names, norms, strict=True))
@@ -155,6 +160,23 @@ def _steps(
     weight, summed = tree_sum([wide(sums) for sums in done.sums])[:2].tolist()
     loss = summed / weight if weight else math.nan
     return Replayed("", samples, loss, gradients), states.to_dict(config, state, sets)
+
+
+def _evaluations(run: Path, state: State) -> Callable[[int], dict[str, list[float]]]:
+    """Of a step the values of all evaluations before it: those of the state, then those that are recorded."""
+    first = state.step + bool(state.metrics)
+    known = {name: list(values) for name, values in state.history.items()}
+    later = [row for row in read_metrics(run) if row.get("kind") == "eval" and row["step"] >= first]
+
+    def before(step: int) -> dict[str, list[float]]:
+        history = {name: list(values) for name, values in known.items()}
+        for row in later:
+            for name in row if row["step"] <= step else ():
+                if name.startswith("eval/"):
+                    history.setdefault(name, []).append(math.nan if row[name] is None else row[name])
+        return history
+
+    return before
 
 
 def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:

@@ -106,7 +106,7 @@ def _has_stacks(folder: Path) -> bool:
 def _cells(row: dict[str, Any]) -> list[str]:
     step, total = row.get("step"), row.get("total_steps")
     speed, goodput = row.get("samples_per_second"), row.get("goodput")
-    reason = row.get("reason") if row["state"] in ("failed", "interrupted") else ""
+    reason = row.get("reason") if row["state"] in ("failed", "interrupted", "completed") else ""
     trouble = str(reason or row.get("trouble") or "").strip().splitlines()
     cells = [
         row["run"],

@@ -40,12 +40,29 @@ OPTIMIZERS = {
     "SGD": ["optim.name=SGD", "optim.lr=0.05", "optim.args={momentum: 0.9}"],
     "AdamW": ["optim.name=AdamW", "optim.lr=0.003"],
 }
-JOBS = {
+JOBS: dict[tuple[str, str, str], list[str]] = {
     (model, optimizer, precision): [*MODELS[model], *OPTIMIZERS[optimizer], f"precision={precision}"]
     for model in MODELS
     for optimizer in OPTIMIZERS
     for precision in ("fp32", "bf16")
 }
+# Many options at once: hashes are equal only if each of them keeps to what belongs to the run.
+RECIPES = {
+    ("MLP + dropout", "LAMB, groups, layer decay, clip_value, plateau", "fp32"): [
+        *MODELS["MLP + dropout"], "optim.name=pytorch_optimizer:Lamb", "optim.lr=0.01",
+        "optim.args={weight_decay: 0.05}", "optim.no_decay=[biases]", "optim.layer_decay=0.5",
+        "optim.groups=[{match: '4', lr: x2}]", "train.clip_value=0.05", "schedule.name=plateau",
+        "schedule.warmup=2", "schedule.args={factor: 0.5, patience: 0, by: 10}", "eval.every=2",
+    ],
+    ("CNN + BatchNorm", "Muon, no_decay, WSD, MixUp, stop_when", "bf16"): [
+        *MODELS["CNN + BatchNorm"], "optim.name=Muon", "optim.lr=0.02", "precision=bf16",
+        "optim.args={weight_decay: 0.1, rest: {AdamW: {lr: 0.003}}}", "optim.no_decay=[norms, biases]",
+        "schedule.name=wsd", "schedule.warmup=2", "schedule.args={decay: 4 steps}", "train.steps=12",
+        "data.train_transform=[{MixUp: {alpha: 0.4}}]", "task.args={label_smoothing: 0.1}", "eval.every=3",
+        f"train.stop_when=eval/loss not better by 10 for {STEPS // 3 - 1} evaluations",
+    ],
+}  # fmt: skip
+JOBS |= RECIPES
 COLUMNS = ("1", "2", "4", "2 → 4 → 1", "killed three times")
 
 
@@ -64,8 +81,8 @@ def train(folder: str, number: int, at: int = 0, signal_number: int = signal.SIG
     words = list(JOBS.values())[number]
     Learner.train_step = step  # type: ignore[method-assign]
     try:
-        fit(load([], ["data.name=arrays", "data.root=arrays.npz", *COMMON, *words, f"run.dir={folder}",
-                      f"run.name=job-{number}", f"train.steps={STEPS}"]))  # fmt: skip
+        fit(load([], ["data.name=arrays", "data.root=arrays.npz", *COMMON, f"train.steps={STEPS}", *words,
+                      f"run.dir={folder}", f"run.name=job-{number}"]))  # fmt: skip
     finally:
         Learner.train_step = plain  # type: ignore[method-assign]
 
@@ -110,7 +127,17 @@ def digest(run: Path) -> str:
 
     saved = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     sha = hashlib.sha256()
-    for part in ("step", "model", "average", "optimizer", "metrics", "best", "best_step", "window"):
+    for part in (
+        "step",
+        "model",
+        "average",
+        "optimizer",
+        "metrics",
+        "best",
+        "best_step",
+        "window",
+        "history",
+    ):
         _feed(sha, saved[part])
     clocks = ("time", "attempt")
     for row in read_metrics(run):

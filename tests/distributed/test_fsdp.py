@@ -21,6 +21,7 @@ CNN = ["model.name=cnn"]
 # The CPU's fused kernels round the last few numbers of a tensor otherwise: see docs/parallel.md.
 ADAMW = ["optim.name=AdamW", "optim.args.fused=false"]
 SGD = ["optim.name=SGD", "optim.args.momentum=0.9", "optim.args.fused=false"]
+GROUPS = ["optim.no_decay=[biases]", "optim.layer_decay=0.7", "train.clip_value=0.05"]
 FSDP = "parallel.name=fsdp"
 SHARDED = "checkpoint.sharded=true"
 
@@ -41,7 +42,7 @@ def runs(cwd: Path, words: list[str], *ways: tuple[str, int, list[str]]) -> list
 
 @pytest.mark.parametrize(
     "words",
-    [[*MLP, *ADAMW], pytest.param([*CNN, *SGD], marks=pytest.mark.long)],
+    [[*MLP, *ADAMW, *GROUPS], pytest.param([*CNN, *SGD], marks=pytest.mark.long)],
     ids=["mlp-adamw", "cnn-sgd"],
 )
 def test_a_sharded_model_ends_with_the_bits_of_one_process_and_of_ddp(

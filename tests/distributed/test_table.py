@@ -6,17 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.table import JOBS, MODELS, make
+from dist_train.record.history import read_metrics
+from tests.distributed.table import JOBS, MODELS, RECIPES, STEPS, make
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [*MODELS, "recipes"])
 def test_each_job_has_the_same_bits_on_any_number_of_processes_moved_and_killed(
     tmp_path: Path, model: str
 ) -> None:
-    numbers = [number for number, (name, *_) in enumerate(JOBS) if name == model]
-    found = dict(make(tmp_path, numbers))
-    assert len(found) == 4
-    for number, hashes in found.items():
-        assert len(set(hashes.values())) == 1, (list(JOBS)[number], hashes)
-    assert len({hashes["1"] for hashes in found.values()}) == 4  # jobs that differ have other bits
+    if model == "recipes":
+        pytest.importorskip("pytorch_optimizer")
+        names = list(RECIPES)
+    else:
+        names = [name for name in JOBS if name[0] == model and name not in RECIPES]
+    found = dict(make(tmp_path, [list(JOBS).index(name) for name in names]))
+    assert len(found) == len(names)
+    for name, hashes in zip(names, found.values(), strict=True):
+        assert len(set(hashes.values())) == 1, (name, hashes)
+    assert len({hashes["1"] for hashes in found.values()}) == len(names)  # jobs that differ have other bits
+    if model == "recipes":  # what they are to show did happen
+        lowered, stopped = (read_metrics(tmp_path / "1" / f"job-{number}") for number in found)
+        assert len({row["lr/0"] for row in lowered if "lr/0" in row}) > 2
+        assert (stopped[-1]["step"], "stopped" in stopped[-1]) == (STEPS, True)
