@@ -207,6 +207,7 @@ def test_images_and_classes_may_have_any_name_that_a_file_can_have(name: str, tm
     assert source.path(2) == folder / "train" / name / f"{name} 002.png" and source[2][1] == 0
 
 
+@pytest.mark.long
 def test_a_whole_run_may_have_names_in_any_letters(
     cli: Callable[..., Finished], run: Callable[..., Finished], image_folder: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_second_attempt_is_refused_and_a_killed_one_is_no_obstacle(
     assert not (run / "lock").exists()
 
 
+@pytest.mark.long
 def test_a_newer_attempt_of_a_slurm_job_takes_over_and_the_older_one_ends(
     begin: Callable[..., Process],
     under_way: Callable[..., Process],

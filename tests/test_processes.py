@@ -63,6 +63,7 @@ def test_an_error_in_a_forked_script_is_shown(cli: Callable[..., Finished], tmp_
     assert failed.rc == 1 and failed.err.endswith("ArithmeticError: too much\n"), failed
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux does it")
 def test_nothing_outlives_tests_that_are_killed(
     start: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path

@@ -209,6 +209,7 @@ def test_a_rank_that_hangs_until_it_dies_is_named_under_torchrun(
     assert "in stuck" not in (run / "stacks" / "rank-0.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_step_that_was_slow_but_ends_is_no_hang(
     begin: Callable[..., Process],
     under_way: Callable[..., Process],

@@ -221,6 +221,7 @@ class Stops(Classification):
 """
 
 
+@pytest.mark.long
 def test_a_sharded_run_that_is_killed_and_interrupted_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(STOPS)
     words = [*BASE, *CNN, *ADAMW, FSDP, SHARDED, "task.name=mine:Stops", "checkpoint.every=3", "eval.every=4"]

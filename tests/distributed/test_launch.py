@@ -108,7 +108,13 @@ def assert_equal(folder: Path, killed: str = "killed") -> None:
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("model", "every"), [(MLP, "5"), (CNN, "never")], ids=["mlp", "batchnorm"])
+@pytest.mark.parametrize(
+    ("model", "every"),
+    [
+        pytest.param(MLP, "5", id="mlp"),
+        pytest.param(CNN, "never", id="batchnorm", marks=pytest.mark.long),
+    ],
+)
 def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
     model: list[str], every: str, cli: Callable[..., Finished], job: list[str], tmp_path: Path
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_full_disk_ends_no_training_and_the_next_checkpoint_is_tried(
     assert not list(run.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_run_whose_last_checkpoint_has_no_room_fails_and_says_so(disk: Disk, train: Train) -> None:
     run, process = train(60)
     disk.fill(process.pid)
