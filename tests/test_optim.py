@@ -564,42 +564,31 @@ def test_a_cnn_trains_close_to_plain_fp32(
 
 
 @pytest.mark.long
-def test_a_compiled_model_trains_to_the_same_and_its_checkpoint_is_plain(
+def test_a_compiled_run_that_goes_on_in_another_process_ends_with_the_same_bits(
+    cli: Callable[..., Finished],
     here: Callable[..., Any],
     small: list[str],
     tmp_path: Path,
     missing: Callable[[str], Any],
 ) -> None:
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        missing("torch.compile needs a C++ compiler")
-    for name, extra in (("plain", []), ("compiled", ["compile=true", "train.ema=0.5"])):
-        here(*small, f"run.name={name}", *extra)
-    plain, compiled = weights(tmp_path, "plain"), weights(tmp_path, "compiled")
-    assert plain["model"].keys() == compiled["model"].keys() == compiled["average"].keys()
-    assert torch.allclose(flat(plain["model"]), flat(compiled["model"]), atol=1e-5)
-    metrics = evaluate_run("runs/compiled", ["compile=false"])
-    assert metrics["eval/loss"] == pytest.approx(compiled["metrics"]["eval/loss"], rel=1e-4)
-
-
-@pytest.mark.long
-def test_a_compiled_run_that_goes_on_in_another_process_ends_with_the_same_bits(
-    cli: Callable[..., Finished], small: list[str], tmp_path: Path, missing: Callable[[str], Any]
-) -> None:
     """Step 6 is a short batch, with which the second process begins: code for it is used for no other."""
     if not (shutil.which("g++") or shutil.which("clang++")):
         missing("torch.compile needs a C++ compiler")
-    words = [
-        "train",
-        *small,
-        "compile=true",
-        "model.name=cnn",
-        "model.args.widths=[8,16]",
-        "eval.every=never",
-    ]
+    words = [*small, "model.name=cnn", "model.args.widths=[8,16]", "train.ema=0.5", "eval.every=never"]
+    one = {"TORCHINDUCTOR_COMPILE_THREADS": 1}  # processes that compile would import torch first
     for name, steps in (("straight", 12), ("halting", 5), ("halting", 12)):
-        finished = cli(*words, f"run.name={name}", f"train.steps={steps}", timeout=300)
+        finished = cli(
+            "train", *words, "compile=true", f"run.name={name}", f"train.steps={steps}", env=one, timeout=300
+        )
         assert finished.rc == 0, finished
-    assert equal(weights(tmp_path, "straight")["model"], weights(tmp_path, "halting")["model"])
+    compiled = weights(tmp_path, "straight")
+    assert equal(compiled["model"], weights(tmp_path, "halting")["model"])
+    here(*words, "run.name=plain")
+    plain = weights(tmp_path, "plain")
+    assert plain["model"].keys() == compiled["model"].keys() == compiled["average"].keys()
+    assert torch.allclose(flat(plain["model"]), flat(compiled["model"]), atol=1e-5)
+    metrics = evaluate_run("runs/straight", ["compile=false"])
+    assert metrics["eval/loss"] == pytest.approx(compiled["metrics"]["eval/loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -97,8 +97,9 @@ def _train(config: Config, run: Path, processes: int, kill_at: int = 0) -> None:
     config = replace(config, run=replace(config.run, dir=str(run.parent), name=run.name))
     file = run.with_suffix(".yaml")
     file.write_text(to_yaml(config), encoding="utf-8")
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-    words = [*(launcher if processes > 1 else []), "dist_train", "train", str(file)]
+    # Without a restart: here the launcher itself is killed, with all that it started.
+    launcher = ["launch", f"--nproc={processes}", "--max-restarts=0", "--no-spare"]
+    words = ["dist_train", *(launcher if processes > 1 else ["train"]), str(file)]
     log = run.with_suffix(".txt")
     with log.open("ab") as output:
         process = subprocess.Popen(

@@ -14,6 +14,6 @@ from tests.faults.driver import KINDS, Driver, check
 def test_a_run_survives_every_kind_of_fault(tmp_path: Path) -> None:
     """The seed is printed: python -m tests.faults --seed ... repeats a series."""
     driver = Driver(tmp_path, seed=secrets.randbelow(10**6))
-    driver.inject(20)
+    driver.inject(len(KINDS))
     assert set(driver.injected) == set(KINDS)
     check(driver)
