@@ -172,16 +172,6 @@ def test_evaluation_counts_each_byte_once_on_one_two_and_three_processes(texts: 
         assert metrics["eval/loss"] == pytest.approx(found[0]["eval/loss"], rel=1e-6)
 
 
-@pytest.mark.slow
-def test_the_same_bits_on_one_two_and_four_processes(texts: Path) -> None:
-    ends = []
-    for processes in (1, 2, 4):
-        name = f"run.name=w{processes}"
-        jobs.train(texts.parent, *RECIPE, "train.steps=20", "train.parts=4", name, processes=processes)
-        ends.append(jobs.last(texts.parent, f"w{processes}"))
-    assert jobs.equal(ends[0]["model"], ends[1]["model"])
-    assert jobs.equal(ends[0]["model"], ends[2]["model"])
-
 
 @pytest.mark.slow
 def test_a_killed_language_run_ends_with_the_same_bits(texts: Path) -> None:
