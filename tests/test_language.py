@@ -172,7 +172,6 @@ def test_evaluation_counts_each_byte_once_on_one_two_and_three_processes(texts: 
         assert metrics["eval/loss"] == pytest.approx(found[0]["eval/loss"], rel=1e-6)
 
 
-
 @pytest.mark.slow
 def test_a_killed_language_run_ends_with_the_same_bits(texts: Path) -> None:
     arguments = [*RECIPE, "train.steps=80", "checkpoint.every=7", "log.every=5"]

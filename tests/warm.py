@@ -1,6 +1,6 @@
 """Processes of their own that need not import torch first, which takes seconds of a CPU.
 
-They are forked from a server that has imported the libraries, and nothing of dist_train.
+They are forked from a server that has imported the libraries and dist_train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "accelerate", "rich.progress", "safetensors.torch", "torch._dynamo", "torch.distributed",
-        "torchvision.transforms.v2", "typer",
+        "torchvision.transforms.v2", "typer._adapters", "dist_train.train", "dist_train.predict",
     ]
 )  # fmt: skip
 
@@ -99,6 +100,7 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
     os.environ.clear()
     os.environ.update(env)
     sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(os.pathsep)]
+    _forget_another_copy()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -123,6 +125,14 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
             main()
     finally:
         atexit._run_exitfuncs()  # a forked process does not run them
+
+
+def _forget_another_copy() -> None:
+    """Forgets dist_train where `sys.path` has another copy of it: who asks for it gets that one."""
+    found = PathFinder.find_spec("dist_train", sys.path)
+    if found and found.origin != sys.modules["dist_train"].__file__:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dist_train"]:
+            del sys.modules[name]
 
 
 def _end_with_the_tests() -> None:

@@ -93,7 +93,7 @@ def _merged(
                 _take_away(config, part, before, where)
                 origin[part] = where
             else:
-                config = _merge(config, part, where, origin)
+                _merge(config, part, where, origin)
     return config, origin
 
 
@@ -227,8 +227,8 @@ def _is_section(schema: Any) -> bool:
     return isinstance(schema, type) and is_dataclass(schema)
 
 
-def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]) -> DictConfig:
-    """`config` with `update` on top; each key of `update` is first held against the dataclasses."""
+def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str, str]) -> None:
+    """Lays `update` on top of `config`; each key of `update` is first held against the dataclasses."""
     values = OmegaConf.to_container(update, resolve=False)
     assert isinstance(values, dict)
     for key, value, hint in leaves(values, Config, "", where):
@@ -236,7 +236,7 @@ def _merge(config: DictConfig, update: DictConfig, where: str, origin: dict[str,
         check_type(value, hint, key, where)
         _clear(config, tuple(key.split(".")), value)
     try:
-        return OmegaConf.merge(config, update)  # type: ignore[return-value]
+        config.merge_with(update)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = getattr(error, "full_key", None) or ""
         reason = str(error).splitlines()[0]

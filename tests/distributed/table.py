@@ -30,7 +30,9 @@ COMMON = [
 MODELS = {
     "MLP + dropout": ["model.name=mlp", "model.args={hidden: [32], dropout: 0.3}"],
     "CNN + BatchNorm": ["model.name=cnn", "model.args={widths: [8, 16], dropout: 0.2}"],
-    "ResNet-18": ["model.name=resnet18", "data.eval_transform=[{Resize: {size: [32, 32]}}]"],
+    "ResNet-18": [
+        "model.name=resnet18", "data.eval_transform=[{Resize: {size: [32, 32]}}]", "checkpoint.every=4",
+    ],
     "GPT": [
         "data.name=text", "data.root=text.txt", "data.args={context: 16}", "data.eval_fraction=0.2",
         "model.name=gpt", "model.args={depth: 2, heads: 2, width: 16, dropout: 0.1}", "task.name=language",
