@@ -70,7 +70,8 @@ def _rest(
         raise UserError(f"{key}: write the optimizer of all other weights as `{{AdamW: {{lr: 0.001}}}}`.")
     ((name, args),) = named.items()
     args = args or {}
-    groups = grouped(config, places, weights, args.get("lr", config.optim.lr))
+    rate = args.get("lr")
+    groups = grouped(config, places, weights, rate if isinstance(rate, (int, float)) else config.optim.lr)
     return _make(config, _named(str(name), key), groups, args, f"{key}.{name}")
 
 

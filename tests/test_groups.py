@@ -110,9 +110,14 @@ def test_rates_of_groups_count_from_the_rate_of_the_optimizer_that_steps_them() 
         ({"groups": [{"match": "head", "lr": "y2"}]}, r"'optim.groups' has as \[0\].lr neither"),
         ({"groups": [{"match": "head", "lr": -1}]}, r"'optim.groups' has as \[0\].lr neither"),
         ({"groups": [{"lr": 1}]}, r"'optim.groups' has as \[0\] nothing like {match: head, lr: x0.1}"),
+        ({"groups": [{"match": "head", "params": 1}]}, r"has as \[0\].params what is not yours to set"),
         ({"groups": ["head"]}, r"'optim.groups' has as \[0\] nothing like"),
         ({"no_decay": ["norm"]}, "optim.no_decay: no weight's name matches 'norm' .*'norms'"),
         ({"no_decay": ["heads"]}, "optim.no_decay: no weight's name matches 'heads' .*'head'"),
+        (
+            {"name": "Muon", "layer_decay": 0.5, "args": {"rest": {"AdamW": {"lr": "fast"}}}},
+            "AdamW refused lr",
+        ),
         ({"no_decay": ["head"], "name": "Rprop"}, "Rprop has no option 'weight_decay', which .*no_decay"),
     ],
 )

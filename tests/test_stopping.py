@@ -60,6 +60,16 @@ def test_what_is_no_rule_is_told_with_the_grammar(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "section", [{"train": {"steps": 1, "stop_when": "eval/loss below 1"}}, {"schedule": {"name": "plateau"}}]
+)
+def test_what_waits_for_evaluations_needs_some(section: dict[str, Any]) -> None:
+    with pytest.raises(
+        UserError, match=r"'eval\.every' is never: train\.stop_when and schedule\.name=plateau"
+    ):
+        from_mapping({"train": {"steps": 1}, **section, "eval": {"every": "never"}})
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["train.stop_when=eval/acuracy above 1"], "train.stop_when: the evaluation has no 'eval/acuracy'"),

@@ -143,6 +143,9 @@ def _intervals(config: Config) -> Objections:
         else:
             if key != "checkpoint.every" and (every.seconds or every.auto):
                 yield key, "counts in steps or epochs: time differs from run to run"
+    waits = config.train.stop_when or config.schedule.name == "plateau"
+    if waits and str(config.eval.every).strip() in ("never", "0"):
+        yield "eval.every", "is never: train.stop_when and schedule.name=plateau wait for evaluations"
     if config.stop_after is not None:
         try:
             parse_seconds(config.stop_after)
@@ -166,6 +169,8 @@ def _groups(config: Config) -> Objections:
         if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
             yield "optim.groups", f"has as [{number}] nothing like {{match: head, lr: x0.1}}: {group!r}"
             return
+        if "params" in group:
+            yield "optim.groups", f"has as [{number}].params what is not yours to set"
         rate = str(group.get("lr", 1))
         if not re.fullmatch(r"x?\d+(\.\d*)?(e[+-]?\d+)?", rate):
             yield "optim.groups", f"has as [{number}].lr neither a number from 0 on nor x0.1, but {rate!r}"
