@@ -61,11 +61,12 @@ def test_weights_without_decay_are_left_alone_where_there_is_no_gradient(name: s
 
 
 def test_norms_of_every_kind_are_known() -> None:
-    model = torchvision.models.convnext_tiny(num_classes=3)
+    from torchvision.models.convnext import LayerNorm2d
+
+    norms = [nn.BatchNorm2d(4), nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.RMSNorm(4), LayerNorm2d(4)]
+    model = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), *norms, nn.PReLU())
     decay = options(model, build(model, name="AdamW", no_decay=["norms", "biases"]), "weight_decay")
-    bare = {name for name, value in decay.items() if value == 0}
-    others = {name for name, weight in model.named_parameters() if weight.ndim > 1}
-    assert bare == set(decay) - others and len(others) > 50
+    assert {name for name, value in decay.items() if value} == {"0.weight", "6.weight"}
 
 
 # --- groups -----------------------------------------------------------------------------------------
@@ -114,10 +115,7 @@ def test_rates_of_groups_count_from_the_rate_of_the_optimizer_that_steps_them() 
         ({"groups": ["head"]}, r"'optim.groups' has as \[0\] nothing like"),
         ({"no_decay": ["norm"]}, "optim.no_decay: no weight's name matches 'norm' .*'norms'"),
         ({"no_decay": ["heads"]}, "optim.no_decay: no weight's name matches 'heads' .*'head'"),
-        (
-            {"name": "Muon", "layer_decay": 0.5, "args": {"rest": {"AdamW": {"lr": "fast"}}}},
-            "AdamW refused lr",
-        ),
+        ({"name": "Muon", "layer_decay": 0.5, "args": {"rest": {"SGD": {"lr": "x"}}}}, "SGD refused lr"),
         ({"no_decay": ["head"], "name": "Rprop"}, "Rprop has no option 'weight_decay', which .*no_decay"),
     ],
 )
@@ -231,7 +229,13 @@ def packages(missing: Callable[[str], Any]) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("packages")
-@pytest.mark.parametrize("name", ["timm/lamb", "timm/lion", "pytorch_optimizer:AdaBelief"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/lamb",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("timm/lion", "pytorch_optimizer:AdaBelief")),
+    ],
+)
 def test_an_optimizer_of_another_package_trains_and_goes_on_exactly(
     name: str, here: Callable[..., Any], npz: Path, tmp_path: Path
 ) -> None:
@@ -288,6 +292,7 @@ class Noisy(torch.optim.SGD):
 """
 
 
+@pytest.mark.long
 def test_an_optimizer_that_draws_random_numbers_draws_the_same_on_all_ranks(
     here: Callable[..., Any], ranks: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import yaml
 from dist_train.cluster.sweep import draw, expand, pick, text
 from dist_train.config import UserError, load
 from dist_train.record.history import read_status
+from dist_train.tools.sweep import of_seeds, results
 from tests.processes import REPO, Finished
 
 COMMAND = [
@@ -252,30 +253,30 @@ def test_an_agent_of_wandb_trains_what_our_tasks_train(file: Path, monkeypatch: 
 def test_several_seeds_are_trained_named_and_grouped_by_a_short_command_and_their_spread_is_told(
     cli: Callable[..., Finished], small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "recipe.yaml").write_text("seed: 4\n")
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("seed: 4\n")
+    tasks = of_seeds(["recipe.yaml", *small], 3)
+    configs = [load(task.arguments[:1], task.arguments[1:]) for task in tasks]
+    assert [config.seed for config in configs] == [4, 5, 6] == [task.number for task in tasks]
+    assert [config.run.name for config in configs] == [f"recipe-seed-{seed}" for seed in (4, 5, 6)]
+    assert {config.wandb.group for config in configs} == {"recipe-seed"}
+    assert list(results(tasks))[1] == "recipe-seed-5  seed=5  not begun"
     words = ["sweep", "recipe.yaml", *small, "--seeds", 3]
-    listed = cli(*words, "--list")
-    assert listed.out == "   4  seed=4\n   5  seed=5\n   6  seed=6\n", listed
-    arguments = cli(*words, "--task", 2).out.splitlines()
-    assert {"run.name=recipe-seed-6", "seed=6", "wandb.group=recipe-seed"} < set(arguments)
-    assert cli(*words, "--results").out.splitlines()[1] == "recipe-seed-5  seed=5  not begun"
+    assert cli(*words, "--task", 2).out.splitlines() == tasks[2].arguments
     trained = cli(*words, "--train")
     assert trained.rc == 0, trained
-    *lines, spread = trained.out.splitlines()
-    assert [line.split("  ")[:3] for line in lines[-3:]] == [
-        [f"recipe-seed-{seed}", f"seed={seed}", "completed"] for seed in (4, 5, 6)
-    ]
-    monkeypatch.chdir(tmp_path)
-    losses = [read_status(Path(f"runs/recipe-seed-{seed}"))["metrics"]["eval/loss"] for seed in (4, 5, 6)]
+    *lines, spread = list(results(tasks))
+    assert trained.out.splitlines()[-4:] == [*lines, spread]
+    assert all(line.startswith(f"{config.run.name}  seed={config.seed}  completed  eval/loss")
+               for line, config in zip(lines, configs, strict=True))  # fmt: skip
+    losses = [read_status(config.run_dir)["metrics"]["eval/loss"] for config in configs]
     assert len(set(losses)) == 3
     mean, deviation = statistics.mean(losses), statistics.stdev(losses)
     told = f"mean ± standard deviation of 3 runs: eval/loss {mean:.4g} ± {deviation:.2g}  eval/accuracy"
     assert spread.startswith(told)
-    again = cli(*words, "--train").out
-    assert again.count("The run is complete") == 3 and again.endswith(f"{spread}\n")
-    assert cli(*words, "--results").out.splitlines() == [*lines[-3:], spread]
 
 
+@pytest.mark.long
 def test_seeds_that_are_interrupted_go_on_by_the_same_command_also_on_two_ranks(
     ranks: Callable[..., list[Finished]], small: list[str], tmp_path: Path
 ) -> None:
@@ -297,3 +298,4 @@ def test_seeds_that_are_interrupted_go_on_by_the_same_command_also_on_two_ranks(
     done = ranks(2, *words)
     assert [rank.rc for rank in done] == [0, 0], done
     assert "mean ± standard deviation of 2 runs" in done[0].out and done[1].out == ""
+    assert done[0].out.count("The run is complete") == 1
