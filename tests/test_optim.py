@@ -423,22 +423,21 @@ def test_a_schedule_scales_the_rate_of_each_group_of_weights(
         assert [slow["weight_decay"], fast["weight_decay"]] == [0.0, 0.01]
 
 
-@pytest.mark.parametrize("steps", [2, 7])  # in the warm-up and after it
-def test_a_run_with_groups_of_weights_goes_on_exactly(
-    steps: int, here: Callable[..., Any], small: list[str], tmp_path: Path
+def test_a_run_with_groups_of_weights_goes_on_exactly_also_in_the_warm_up(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "my_groups.py").write_text(GROUPS)
     words = [*small, "optim.name=my_groups:groups", "optim.args.decay=0.2", "schedule.name=cosine",
-             "schedule.warmup=3", f"checkpoint.every={steps}"]  # fmt: skip
+             "schedule.warmup=3", "checkpoint.every=2"]  # fmt: skip
     here(*words, "run.name=straight")
-    name = f"checkpoints/step-{steps:08}.pt"
+    name = "checkpoints/step-00000002.pt"
     here(*words, "run.name=other", "checkpoint.keep=20")
     (tmp_path / "runs/run/checkpoints").mkdir(parents=True)
     shutil.copy(tmp_path / "runs/other" / name, tmp_path / "runs/run" / name)
     again = here(*words)
     assert (again.state, again.step) == ("completed", 12)
     log = (tmp_path / "runs/run/log.txt").read_text()
-    assert f"(step {steps})" in log
+    assert "(step 2)" in log
     first, second = (
         torch.load(tmp_path / f"runs/{run}/checkpoints/last.pt", weights_only=True)
         for run in ("straight", "run")

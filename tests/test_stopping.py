@@ -111,7 +111,8 @@ def test_a_run_that_is_stopped_by_its_rule_is_complete_says_why_and_goes_on_with
     assert len(read_attempts(run)) == 1
     longer = here(*words, NEVER_BETTER.replace("for 2", "for 4"))
     assert (longer.step, len(read_attempts(run))) == (15, 2)
-    assert (here(*words).step, here(*words).stopped) == (40, "")
+    whole = here(*words)
+    assert (whole.step, whole.stopped) == (40, "")
     here(*words, "run.name=straight")
     assert same_bits(last(tmp_path), last(tmp_path, "straight"))
     assert equal(last(tmp_path)["history"], last(tmp_path, "straight")["history"])
@@ -133,7 +134,8 @@ def test_a_run_killed_where_its_rule_ends_it_is_completed_by_the_same_command(
         here(*words)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    assert (here(*words).state, here(*words).step) == ("completed", 9)
+    again = here(*words)
+    assert (again.state, again.step) == ("completed", 9)
     assert (tmp_path / "runs/run/model.safetensors").exists()
 
 

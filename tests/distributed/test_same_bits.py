@@ -40,12 +40,10 @@ def _what_came_out(folder: Path, name: str) -> tuple[object, ...]:
 @pytest.mark.parametrize(
     "job",
     [
-        pytest.param(MLP + SGD, marks=pytest.mark.long),
-        pytest.param(MLP + ADAMW + ["precision=bf16"], marks=pytest.mark.long),
         CNN + MUON,
         pytest.param(CNN + SGD + ["train.parts=8"], marks=pytest.mark.long),
     ],
-    ids=["mlp sgd", "mlp adamw bf16", "cnn muon", "cnn sgd, 8 parts"],
+    ids=["cnn muon", "cnn sgd, 8 parts"],
 )
 def test_one_two_and_four_processes_give_the_same_bits(tmp_path: Path, job: list[str]) -> None:
     for processes in (1, 2, 4):
