@@ -1,4 +1,4 @@
-"""A small convolutional network that learns fast."""
+"""Convolutional networks for small images."""
 
 from __future__ import annotations
 
@@ -34,6 +34,20 @@ def cnn(
     layers += [nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(dropout)]
     layers.append(nn.Linear(9 * widths[-1], num_classes))
     return Mirrored(*layers) if mirror else nn.Sequential(*layers)
+
+
+def resnet18_small(in_channels: int = 3, num_classes: int = 10) -> nn.Module:
+    """ResNet-18 for images of 32 x 32: its first convolution is one of 3 x 3 pixels, and nothing is pooled.
+
+    `[B, C, H, W]` -> `[B, K]`. He et al., 2016, who begin so on CIFAR-10.
+    """
+    from torchvision.models import resnet18  # half a second
+
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
 
 
 class Mirrored(nn.Sequential):

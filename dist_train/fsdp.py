@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +16,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
-from dist_train.config import Config, UserError, counted, nearest
-from dist_train.parallel import Parallel, row_norms
+from dist_train.blocks import blocks, is_batchnorm
+from dist_train.config import Config, UserError, counted
+from dist_train.parallel import Parallel, compile_module, row_norms
 from dist_train.rows import local, rows_of
 from dist_train.runtime import Runtime
 from dist_train.tree import Subtrees, tree_sum
@@ -72,13 +70,11 @@ class Sharded(Parallel):
                 self._shard_one(module, options)
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         called = self.ranks.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        for name, block in blocks(model, wanted.wrap):
+        for _, block in blocks(model, wanted.wrap, "parallel.wrap"):
             if isinstance(block, FSDPModule):
                 continue
-            if wanted.recompute:
-                _recompute(name, block)
             if self.config.compile:
-                block.compile()
+                compile_module(block, self.config.compile_args)
             self._shard_one(block, options)
         self._shard_one(model, options)
         return called
@@ -110,6 +106,7 @@ class Sharded(Parallel):
     @contextmanager
     def part(self, counts: bool, is_last: bool) -> Iterator[None]:
         """As for any model; each block adds up its own gradient."""
+        self.counting.now = counts
         for each in self._sums:
             each.is_last = is_last
         yield
@@ -219,50 +216,6 @@ def _share(value: Any, like: Any) -> Any:
         mine.contiguous(), like.device_mesh, like.placements, run_check=False, shape=like.shape,
         stride=like.stride(),
     )  # fmt: skip
-
-
-def blocks(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """What is gathered, computed and freed at a time, by name; what is left comes with the whole model.
-
-    By default each child with weights of the ModuleLists and Sequentials; those inside of another are looked
-    into. Raises UserError for a pattern that no module's name matches.
-    """
-    if patterns:
-        named = {name: module for name, module in model.named_modules() if name}
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in named):
-                raise UserError(
-                    f"parallel.wrap: no part of the model is named like '{pattern}'{nearest(pattern, named)}."
-                )
-        found = [item for item in named.items() if any(fnmatchcase(item[0], p) for p in patterns)]
-        return sorted(found, key=lambda item: -item[0].count("."))  # the innermost first
-    return list(_children("", model))
-
-
-LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
-
-
-def _children(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children():
-        if type(module) in LISTS and type(child) not in LISTS:
-            if any(True for _ in child.parameters()):
-                yield f"{prefix}{name}", child
-        else:
-            yield from _children(f"{prefix}{name}.", child)
-
-
-def is_batchnorm(module: nn.Module) -> bool:
-    """Whether it keeps running averages of what it has seen."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
-
-
-def _recompute(name: str, block: nn.Module) -> None:
-    """Makes a block keep its inputs only, and compute the rest again in the backward pass."""
-    if any(map(is_batchnorm, block.modules())):
-        raise UserError(
-            f"parallel.recompute: {name} has BatchNorm, which would count each batch twice; leave it off."
-        )
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def _rows(weight: torch.Tensor) -> int:

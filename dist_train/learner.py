@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dist_train import flops, models, optim, rates, tasks
+from dist_train import batchnorm, flops, models, optim, rates, tasks
 from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, UserError, to_mapping
 from dist_train.data import Batch, Data, Feed, first_batch
@@ -98,6 +98,8 @@ class Learner:
     def set_parts(self, parts: int) -> None:
         """Cuts global batches into so many parts. Raises UserError if the ranks can't share them evenly."""
         self.per_rank = parts_per_rank(parts, self.ranks.world_size)
+        if self.config.model.sync_batchnorm:
+            batchnorm.check(parts, self.ranks.world_size)
         self.parts = parts
 
     def train_step(self, batches: Iterable[Batch], share: float, with_norm: bool = False) -> Step:

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from dist_train.cnn import cnn
+from dist_train.cnn import cnn, resnet18_small
 from dist_train.config import UserError, construct, import_object, nearest
 from dist_train.gpt import GPT
 from dist_train.nested import tensors
@@ -82,7 +82,13 @@ def _convolutions(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "cnn": cnn, "unet": unet, "gpt": GPT}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "resnet18_small": resnet18_small,
+    "unet": unet,
+    "gpt": GPT,
+}
 
 # What wrong arguments make a model raise: sizes below zero, unknown weights, weights out of reach.
 REFUSALS = (TypeError, ValueError, RuntimeError, KeyError, AssertionError, OSError)
@@ -111,8 +117,8 @@ def build(name: str, args: dict[str, Any], sample_shape: Sequence[int], num_clas
     known = torchvision.models.list_models(module=torchvision.models) + segmentation_models()
     if name not in known:
         raise UserError(
-            f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use mlp, cnn,"
-            " unet, gpt, a classifier or segmentation model of torchvision.models, timm/NAME, or"
+            f"model.name: there is no model '{name}'{nearest(name, [*MODELS, *known])}; use"
+            f" {', '.join(MODELS)}, a classifier or segmentation model of torchvision.models, timm/NAME, or"
             " package.module:object."
         )
     return _torchvision(name, args, sample_shape, num_classes)

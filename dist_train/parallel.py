@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.config import Config
+from dist_train.batchnorm import Counting, synchronize
+from dist_train.blocks import recompute
+from dist_train.config import Config, UserError, construct
 from dist_train.rows import local
 from dist_train.runtime import Runtime
 from dist_train.tree import Subtrees, Tensors, add, sum_over_ranks
@@ -36,6 +38,14 @@ class Parallel:
     def __init__(self, config: Config, ranks: Runtime, model: nn.Module) -> None:
         self.config, self.ranks, self.model = config, ranks, model
         self.in_order = config.train.same_bits
+        self.counting = Counting()
+        if config.model.sync_batchnorm and ranks.world_size > 1:
+            if config.compile:
+                raise UserError(
+                    "compile: true does not work with model.sync_batchnorm; leave one of them out."
+                )
+            self.counting = synchronize(model, ranks.sum)
+        recompute(model, config.parallel.recompute, config.parallel.wrap)
         self.called = self._spread()
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._subtrees = Subtrees()
@@ -53,9 +63,7 @@ class Parallel:
         # One call wraps the model: autocast, and DDP where there are several ranks.
         called: nn.Module = self.ranks.accelerator.prepare_model(self.model)
         if self.config.compile:
-            # Else the second size of a batch makes code for all sizes, which adds up in another order; which
-            # size that is depends on where this attempt began.
-            self.model.compile(dynamic=False)
+            compile_module(self.model, self.config.compile_args)
         return called
 
     def follow(self, average: nn.Module) -> nn.Module:
@@ -77,6 +85,7 @@ class Parallel:
             counts: whether the part has samples of its own.
             is_last: whether it is this rank's last part of the step.
         """
+        self.counting.now = counts
         with self.ranks.accelerator.no_sync(self.called) if self.is_ddp and not is_last else nullcontext():
             yield
         self.buffers.after_part(counts, is_last)
@@ -133,6 +142,19 @@ class Parallel:
     def whole(self, state: Any) -> Any:
         """`state` as one file holds it, on rank 0; of no use on other ranks, which must all come here."""
         return state
+
+
+def compile_module(module: nn.Module, args: dict[str, Any]) -> None:
+    """Compiles what a module computes, with arguments of torch.compile. Raises UserError for wrong ones."""
+    for name in {"model", "disable"} & set(args):
+        raise UserError(
+            f"compile_args.{name}: not yours to set; `compile` says whether the model is compiled."
+        )
+    # Without `dynamic` the second size of a batch makes code for all sizes, which adds up in another order;
+    # which size that is depends on where this attempt began.
+    args = {"dynamic": False} | args
+    construct(torch.compile, args, "compile_args", (TypeError, ValueError, RuntimeError), model=nn.Identity())
+    module.compile(**args)
 
 
 def spread(config: Config, ranks: Runtime, model: nn.Module) -> Parallel:

@@ -56,6 +56,7 @@ def to_dict(config: Config, state: State, data: Data) -> dict[str, Any]:
         "metrics": state.metrics,
         "window": state.window,
         "history": state.history,
+        "teacher": teacher_of(state),
         "world_size": state.learner.ranks.world_size,  # of no meaning for the steps to come
         "classes": list(map(str, data.classes)),
         "sample_shape": list(data.sample_shape),
@@ -138,6 +139,8 @@ def restore(config: Config, path: Path, state: State, allow_changes: bool = Fals
             f"{config.run_dir}: the run was started with another configuration ({refused});"
             " choose another run.name, put the values back, or allow it by --allow-changes."
         )
+    if own and not allow_changes:
+        check_teacher(saved, state, str(path))
     fill(saved, state, str(path))
     noted = [change for change in differences if not change.key.startswith("run.")]
     whose = "" if own else ", the state of another run: its weights, its optimizer and its step"
@@ -155,9 +158,25 @@ def restore(config: Config, path: Path, state: State, allow_changes: bool = Fals
 def restore_copy(memory: Memory, state: State) -> list[str]:
     """Fills `state` from the copy in memory; returns notes for the user."""
     saved = to_cpu(memory.state)  # the optimizer takes tensors for its own
+    check_teacher(saved, state, "the copy in memory")
     fill(saved, state, "the copy in memory")
     state.learner.set_parts(saved["parts"])
     return [f"going on from the copy of the state in memory (step {state.step:,})"]
+
+
+def teacher_of(state: State) -> str | None:
+    """The checksum of the weights of the model that teaches this one, if one does."""
+    return getattr(state.learner.task, "identity", None)
+
+
+def check_teacher(saved: dict[str, Any], state: State, where: str) -> None:
+    """Raises UserError if a run would go on with another teacher, or with none."""
+    before, now = ((value or "none")[:8] for value in (saved.get("teacher"), teacher_of(state)))
+    if before != now:
+        raise UserError(
+            f"task.teacher: up to {where} the run was taught by another model (weights {before}, now {now});"
+            " name the file of its teacher, choose another run.name, or allow it by --allow-changes."
+        )
 
 
 def fill(saved: dict[str, Any], state: State, where: str) -> None:

@@ -30,6 +30,7 @@ from dist_train.config import (
     to_yaml,
     with_given,
 )
+from dist_train.distill import taught
 from dist_train.guard.guard import Guard
 from dist_train.learner import Learner
 from dist_train.meters import Best, stop_when
@@ -262,6 +263,8 @@ def _prepare(config: Config, ranks: Runtime, given: Given, kept: Kept) -> tuple[
         total = sets.total_steps(config)
         schedule = rates.schedule(config, total, sets.steps_per_epoch(config))
         rules = stop_when(config, config.checkpoint.best or task.best)
+        task, notes = taught(config, task, ranks, sets)
+    sets = replace(sets, notes=[*sets.notes, *notes])
     return config, Job(config, ranks, sets, total, schedule, rules), task
 
 

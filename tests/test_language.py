@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.bare_gpt import compare
+from dist_train import load
 from dist_train.config import UserError
 from dist_train.data.text import Text, text
 from dist_train.gpt import GPT
@@ -170,6 +172,16 @@ def test_evaluation_counts_each_byte_once_on_one_two_and_three_processes(texts: 
         right = metrics["eval/accuracy"] * 2000  # 1,999 bytes and the end of the file
         assert abs(right - round(right)) < 1e-9
         assert metrics["eval/loss"] == pytest.approx(found[0]["eval/loss"], rel=1e-6)
+
+
+def test_a_bare_loop_of_torch_learns_the_same(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a model, reading, loss, schedule, clipping and evaluation of its own."""
+    monkeypatch.chdir(texts.parent)
+    words = [*RECIPE, "model.args.dropout=0", "optim.args={weight_decay: 0.1}", "schedule.name=cosine",
+             "schedule.warmup=10", "train.clip_norm=1", "train.steps=100", "eval.every=never"]  # fmt: skip
+    ours, bare = compare(load([], words))
+    assert ours < 5
+    assert abs(ours - bare) < 1e-6
 
 
 @pytest.mark.slow

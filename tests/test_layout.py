@@ -17,6 +17,7 @@ LAYERS = """
     tools
     launch
     train
+    distill
     predict
     trainer
     state
@@ -29,7 +30,8 @@ LAYERS = """
     guard
     optim
     models checkpoint
-    groups rates flops muon cnn
+    groups rates flops muon cnn batchnorm
+    blocks
     nested rows gpt fetch
     runtime
     tree

@@ -44,6 +44,9 @@ class Config:
         choices=("fp32", "tf32", "bf16", "fp16"),
     )
     compile: bool = option(False, "Compile the model by torch.compile.", may_change=True)
+    compile_args: dict[str, Any] = option(
+        {}, "Arguments of torch.compile, such as mode or options; checked.", may_change=True
+    )
     channels_last: bool = option(False, "Keep images and convolutions in NHWC order.", may_change=True)
     deterministic: bool = option(
         False, "Use deterministic kernels only; the CPU's are so anyway.", may_change=True

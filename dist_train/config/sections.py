@@ -110,10 +110,15 @@ class ModelConfig:
 
     name: str = option(
         "mlp",
-        "mlp, cnn, unet, gpt, a classifier or segmentation model of torchvision.models, timm/NAME, or "
-        "`package.module:object`.",
+        "mlp, cnn, resnet18_small, unet, gpt, a classifier or segmentation model of torchvision.models, "
+        "timm/NAME, or `package.module:object`.",
     )
     args: dict[str, Any] = option({}, "Further arguments of the model; checked against its signature.")
+    sync_batchnorm: bool = option(
+        False,
+        "BatchNorm normalizes by the whole global batch, not by its part of it; each part then needs a "
+        "process of its own (parallel.md).",
+    )
 
 
 @dataclass
@@ -124,6 +129,18 @@ class TaskConfig:
         "classification", "classification, segmentation, language, or `package.module:object`."
     )
     args: dict[str, Any] = option({}, "Arguments of the task, such as label_smoothing.")
+    teacher: str | None = option(
+        None,
+        "A run's folder, or a checkpoint, whose model teaches this one (recipes.md); on resume the path may "
+        "change, its weights may not.",
+        may_change=True,
+    )
+    teacher_weight: float = option(
+        0.5, "Share of the loss that is distance to the teacher; the rest is the task's own.", least=0
+    )
+    temperature: float = option(
+        1.0, "Scores of teacher and student are divided by it before they are compared.", least=1
+    )
 
 
 @dataclass
@@ -241,8 +258,11 @@ class ParallelConfig:
         "traffic, and gives other bits than ddp.",
         choices=("fp32", "bf16"),
     )
-    recompute: bool = option(
-        False, "fsdp: keep only the inputs of each part, and compute the rest again in the backward pass."
+    recompute: bool | str = option(
+        False,
+        "Keep only the inputs of some parts of the model, and compute the rest again in the backward pass: "
+        "less memory, the same bits. Names such as `blocks.*`, with commas in between; true: the parts of "
+        "parallel.wrap.",
     )
     offload: bool = option(False, "fsdp: keep weights and the optimizer's state in the CPU's memory.")
     mesh: list[int] = option(

@@ -138,9 +138,16 @@ def _named(config: Config) -> Iterator[tuple[str, str, Any]]:
         section = getattr(config, key.partition(".")[0])
         yield key, get(config, key) or "", section.args
     for key in TRANSFORMS:
-        for position, item in enumerate(get(config, key) or ()):
-            for name, args in item.items() if isinstance(item, dict) else [(item, {})]:
-                yield f"{key}[{position}]", str(name), args
+        yield from _transforms(get(config, key), key)
+
+
+def _transforms(items: Any, key: str) -> Iterator[tuple[str, str, Any]]:
+    """(full key, name, arguments) of each transform in a list, and of those that it is made of."""
+    for position, item in enumerate(items if isinstance(items, list) else ()):
+        for name, args in item.items() if isinstance(item, dict) else [(item, {})]:
+            yield f"{key}[{position}]", str(name), args
+            if isinstance(args, dict):
+                yield from _transforms(args.get("transforms"), f"{key}[{position}].{name}")
 
 
 def _is_class(name: str) -> bool:

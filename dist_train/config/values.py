@@ -128,7 +128,7 @@ def _paths(config: Config) -> Objections:
         name = _shown(config, "run.name")
         name = name if len(name) < 100 else f"{name[:60]}...' of {len(config.run.name)} characters"
         yield "run.name", f"must be a folder's name inside run.dir, not {name}"
-    for key in ("run.dir", "data.root", "resume"):
+    for key in ("run.dir", "data.root", "resume", "task.teacher"):
         if "\0" in (get(config, key) or ""):
             yield key, f"must be a path, not {_shown(config, key)}"
 

@@ -25,6 +25,7 @@ from dist_train.nested import map_tensors, tensors
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
 BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
+OF_OTHERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}  # made of further transforms
 QUICK = {"RandomCrop", "RandomHorizontalFlip", "RandomVerticalFlip"}  # random, and no work for threads
 
 
@@ -209,6 +210,9 @@ def build(name: Any, where: str) -> tuple[Callable[[Any], Any], str]:
         raise UserError(f"{where}: torchvision.transforms.v2 has no '{name}'{nearest(name, known)}.")
     if name in ("CutMix", "MixUp"):
         raise UserError(f"{where}: {name} mixes samples; it stands once, at the end of data.train_transform.")
+    if name in OF_OTHERS and isinstance(args.get("transforms"), list):
+        places = enumerate(args["transforms"])
+        args = args | {"transforms": [build(item, f"{where}.{name}[{n}]")[0] for n, item in places]}
     return construct(getattr(v2, name), _filling(getattr(v2, name), args), f"{where}.{name}"), name
 
 

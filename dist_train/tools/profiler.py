@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from dist_train import data, flops, rates, runtime, tasks
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
+from dist_train.distill import taught
 from dist_train.learner import Learner
 from dist_train.runtime import Runtime
 
@@ -126,7 +127,8 @@ class Job:
     def __init__(self, config: Config, ranks: Runtime) -> None:
         with ranks.together():
             with ranks.main_of_node_first():
-                sets, task = data.build(config), tasks.build(config)
+                sets = data.build(config)
+            task, _ = taught(config, tasks.build(config), ranks, sets)
             self.total = sets.total_steps(config)
             self.schedule = rates.schedule(config, self.total, sets.steps_per_epoch(config))
         self.learner = Learner(config, ranks, sets, task)

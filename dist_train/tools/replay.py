@@ -20,6 +20,7 @@ import torch
 from dist_train import checkpoint, data, models, rates, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, counted, from_file, printable
+from dist_train.distill import taught
 from dist_train.learner import Learner
 from dist_train.nested import map_tensors
 from dist_train.record.history import read_attempts, read_metrics, read_status
@@ -91,8 +92,9 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
         config = _on_one_cpu(attempts[number], run, trust)
         ranks = runtime.start(config)
         try:
-            with nullcontext() if trust else models.no_larger(_size(run), str(run)):
-                replayed, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
+            with nullcontext() if trust else models.no_larger(_size(run, config.task.teacher), str(run)):
+                processes = attempts[number]["processes"]
+                replayed, saved = _steps(config, ranks, saved, done, processes, trust)
         finally:
             runtime.stop(ranks.accelerator)
         if done == step:
@@ -121,23 +123,27 @@ def _is_attempt(line: Any) -> bool:
     return line["processes"] > 0 and isinstance(line["config"].get("resume", ""), str)
 
 
-def _size(run: Path) -> int:
-    """The size of the run's largest checkpoint; where there is none, what a model may take without one."""
+def _size(run: Path, teacher: str | None) -> int:
+    """The size of the run's largest checkpoint; where there is none, what a model may take without one.
+
+    With that of its teacher's, which is made, too.
+    """
     sizes = [path.stat().st_size for path in checkpoint.newest_first(run / "checkpoints")]
-    return max(sizes, default=2**30)
+    return max(sizes, default=2**30) + (checkpoint.size_of(checkpoint.find(teacher)) if teacher else 0)
 
 
 def _steps(
-    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int
+    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int, trust: bool
 ) -> tuple[Replayed, dict[str, Any]]:
     """Goes on from `saved`, or else from the seed, to step `stop`; what that step did, and the new state."""
     sets = data.build(config)
     total = sets.total_steps(config)
     if not 1 <= stop <= total:
         raise UserError(f"{config.run_dir}: there is no step {stop:,}; the run has steps 1 to {total:,}.")
-    learner = Learner(config, ranks, sets, tasks.build(config))
+    learner = Learner(config, ranks, sets, taught(config, tasks.build(config), ranks, sets, trust)[0])
     state = State(learner)
     if saved:
+        states.check_teacher(saved, state, str(config.run_dir))
         states.fill(saved, state, str(config.run_dir))
     schedule = rates.schedule(config, total, sets.steps_per_epoch(config))
     evaluations = _evaluations(config.run_dir, state)
