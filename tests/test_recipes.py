@@ -87,6 +87,7 @@ JOB = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_random_transforms_have_the_same_bits_in_worker_processes_and_on_two_ranks_that_go_on(
     npz: Path, ranks: Callable[..., list[Finished]], here: Callable[..., Any], tmp_path: Path
 ) -> None:
