@@ -103,7 +103,7 @@ def _timm(name: str, key: str) -> Any:
         raise UserError(
             f"{key}: 'timm/{name}' needs the package timm: pip install 'dist-train[timm]'."
         ) from None
-    known = list_optimizers()
+    known = [str(item) for item in list_optimizers()]
     if name not in known:
         raise UserError(f"{key}: timm has no optimizer '{name}'{nearest(name, known)}.")
     try:
