@@ -17,9 +17,10 @@ from torch import nn
 
 from dist_train import batchnorm, flops, models, optim, rates, tasks
 from dist_train.checkpoint.sharded import Wanted
-from dist_train.config import Config, UserError, to_mapping
+from dist_train.config import Config, Every, UserError, to_mapping
 from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
+from dist_train.freeze import Frozen
 from dist_train.meters import Best, stop_when
 from dist_train.parallel import Parallel, spread
 from dist_train.parts import default_parts, parts_per_rank
@@ -28,6 +29,7 @@ from dist_train.runtime import Runtime
 from dist_train.seeds import key, seed_device, seed_weights
 from dist_train.tasks import Task
 from dist_train.tree import tree_sum
+from dist_train.weights import Weights, fill
 
 MOMENT = re.compile(r"optimizer/state/(\d+)/")  # how saved tensors of the optimizer are named
 
@@ -53,10 +55,17 @@ class Learner:
 
     Args:
         model: used instead of the one that the configuration names.
+        weights: to begin with, on rank 0; all ranks get them.
     """
 
     def __init__(
-        self, config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None = None
+        self,
+        config: Config,
+        ranks: Runtime,
+        data: Data,
+        task: Task,
+        model: nn.Module | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.config, self.ranks, self.task = config, ranks, task
         self.step = 0  # optimizer steps done
@@ -65,6 +74,8 @@ class Learner:
         self.set_parts(default_parts(config.train.parts, ranks.world_size, config.train.accumulate))
         with ranks.together():
             self.model = _build(config, ranks, data, task, model)
+            self.begins = fill(self.model, weights, max(1, len(data.classes))) if weights else ""
+            self.frozen = Frozen(self.model, config.model.freeze, _until(config, data))
         self.most_per_second = _most_per_second(self.model, data, config, ranks)
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.train.ema else None
         self.parallel = spread(config, ranks, self.model)
@@ -112,6 +123,8 @@ class Learner:
         """
         train, skipping = self.config.train, self.config.on_nonfinite == "skip"
         self._share = share
+        if self.frozen.set(self.step):
+            self.parallel.spread_anew()
         optim.scale_lr(self.optimizer, share)
         self.parallel.buffers.begin(self.parts, skipping)
         sums: list[torch.Tensor] = []
@@ -294,6 +307,12 @@ def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Mod
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
+
+
+def _until(config: Config, data: Data) -> int | None:
+    """The step from which on frozen weights are trained, if there is one."""
+    until = config.model.freeze_until
+    return None if until is None else Every.parse(until).in_steps(data.steps_per_epoch(config))
 
 
 def _most_per_second(model: nn.Module, data: Data, config: Config, ranks: Runtime) -> float | None:

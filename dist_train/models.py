@@ -243,9 +243,17 @@ def replace_first(model: nn.Module, channels: int) -> None:
 
 
 def replace_last(model: nn.Module, size: int) -> None:
-    """Puts a fresh layer with `size` outputs in place of the last linear one (pretrained weights)."""
-    name, old = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-    if old.out_features != size:
+    """Puts a fresh layer with `size` outputs in place of the last linear one (pretrained weights).
+
+    Where there is none, as in SqueezeNet, the last convolution gives the outputs.
+    """
+    layers = list(model.named_modules())
+    linear = [(name, layer) for name, layer in layers if isinstance(layer, nn.Linear)]
+    if not linear:
+        name, last = [(name, layer) for name, layer in layers if isinstance(layer, nn.Conv2d)][-1]
+        _set(model, name, nn.Conv2d(last.in_channels, size, last.kernel_size))  # type: ignore[arg-type]
+    elif linear[-1][1].out_features != size:
+        name, old = linear[-1]
         _set(model, name, nn.Linear(old.in_features, size))
 
 
@@ -269,7 +277,7 @@ def _timm(name: str, args: dict[str, Any], channels: int, num_classes: int) -> n
         raise UserError(
             f"model.name: 'timm/{name}' needs the package timm: pip install 'dist-train[timm]'."
         ) from None
-    if name not in timm.list_models():
+    if not timm.is_model(name):  # which may name its weights, too: resnet18.a1_in1k
         raise UserError(f"model.name: timm has no '{name}'{nearest(name, timm.list_models())}.")
     options = {"in_chans": channels, "num_classes": num_classes} | args
     return construct(timm.create_model, {"model_name": name, **options}, "model.args")

@@ -51,12 +51,7 @@ class Parallel:
         self._subtrees = Subtrees()
         self.buffers = Buffers(ranks, model)
         self.is_ddp = isinstance(self.called, DistributedDataParallel)
-        if self.is_ddp:
-            self.called.broadcast_buffers = False  # type: ignore[assignment] # after rank 0's at the start
-        if self.is_ddp and self.in_order:
-            buckets = BucketSum(self.weights, self._subtrees, ranks.world_size)
-            # DDP refuses annotations that are texts, so it gets a function without any.
-            self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
+        self._add_in_order()
 
     def _spread(self) -> nn.Module:
         """Spreads the model over all ranks; returns what a step calls."""
@@ -65,6 +60,27 @@ class Parallel:
         if self.config.compile:
             compile_module(self.model, self.config.compile_args)
         return called
+
+    def _add_in_order(self) -> None:
+        """Makes DDP, if it is there, leave buffers alone and add up gradients in the order of parts."""
+        if not self.is_ddp:
+            return
+        self.called.broadcast_buffers = False  # type: ignore[assignment] # after rank 0's at the start
+        if self.in_order:
+            buckets = BucketSum(self.weights, self._subtrees, self.ranks.world_size)
+            # DDP refuses annotations that are texts, so it gets a function without any.
+            self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
+
+    def spread_anew(self) -> None:
+        """To be called when other weights need a gradient than before: DDP must know which ones do."""
+        if not isinstance(self.called, DistributedDataParallel):
+            return
+        place = self.called.device_ids, self.called.output_device
+        handler = self.ranks.accelerator.ddp_handler
+        self.called = self.model  # the old DDP takes its hooks off the weights as it goes
+        # Not by Accelerate, which would put other tensors in place of those that the average follows.
+        self.called = DistributedDataParallel(self.model, *place, **handler.to_kwargs())
+        self._add_in_order()
 
     def follow(self, average: nn.Module) -> nn.Module:
         """A moving average, from a copy of the model, which begins with the model's weights."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, optim, rates, runtime, tasks
+from dist_train import checkpoint, data, optim, pretrained, rates, runtime, tasks, weights
 from dist_train import state as states
 from dist_train.checkpoint.memory import Memory
 from dist_train.checkpoint.snapshot import unreadable
@@ -81,7 +81,7 @@ class Kept:
 
     def prepare(self, config: Config) -> None:
         """Does what can be done before it is known which rank this process will be."""
-        self.data = data.build(config, None, None)
+        self.data = data.build(pretrained.with_own_transforms(config), None, None)
 
 
 def fit(
@@ -119,6 +119,7 @@ def fit(
 
 def run(config: Config, given: Given, kept: Kept, started: float) -> Result:
     """Trains as `fit` does, in as many attempts as it takes when other ranks die and are replaced."""
+    config = pretrained.with_own_transforms(config)
     with Guard(config, started) as guard:
         while True:
             try:
@@ -149,7 +150,9 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     """Builds everything, restores the state, trains, and says how it ended."""
     notes: list[str] = []
     config, job, task = _prepare(config, ranks, given, kept)
-    learner = Learner(config, ranks, job.data, task, given.model)
+    with ranks.together():
+        first = weights.first(config) if ranks.is_main else None
+    learner = Learner(config, ranks, job.data, task, given.model, first)
     state = State(learner)
     with ranks.together():
         guard.check(ranks, notes.append)
@@ -190,6 +193,9 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
         state.best_by = state.best_by or task.best
         try:
             _write_config(config, ranks)
+            if first and not newest:
+                weights.keep(config, first)
+            first = None  # takes as much memory as the model
             begin = Begin(learner.step, job.total, ranks.world_size, learner.parts)
             record = Record(config, begin, guard.started, ranks.is_main, given.on_row)
             saver = _open(job, state, by, record, [*_describe(job, learner), *notes])
@@ -345,4 +351,4 @@ def _describe(job: Job, learner: Learner) -> list[str]:
         lines.append(optim.describe(learner.optimizer))
     if fetching := data.described(sets.train, config, ranks):
         lines.append(fetching)
-    return [*lines, *sets.notes]
+    return [*lines, *sets.notes, *pretrained.described(config), *filter(None, [learner.begins])]

@@ -37,7 +37,7 @@ from tests.processes import REPO, environment, kill
 PAGES = [REPO / "README.md", REPO / "slurm/README.md", *sorted((REPO / "docs").glob("*.md"))]
 LINKING = [*PAGES, *(p for p in REPO.glob("*.md") if p not in PAGES), *REPO.glob("[b-s]*/README.md")]
 LANGUAGES = {"bash", "python", "yaml", "text", "mermaid"}
-NEEDS = {"gpus", "mac", "nodes", "slurm", "account"}
+NEEDS = {"gpus", "mac", "nodes", "slurm", "account", "network"}
 SECONDS = 300  # that one block may take
 
 

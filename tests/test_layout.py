@@ -28,9 +28,9 @@ LAYERS = """
     tasks
     data
     guard
-    optim
+    pretrained weights optim
     models checkpoint
-    groups rates flops muon cnn batchnorm
+    groups rates flops freeze muon cnn batchnorm
     blocks
     nested rows gpt fetch
     runtime

@@ -231,6 +231,33 @@ def _bring_up(state: dict[str, Any]) -> None:
         state["parts"] = state["world_size"] * accumulate
 
 
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file: a checkpoint's that are evaluated; a state_dict, perhaps within a dict, as
+    `torch.save` wrote it; or those of a safetensors file.
+
+    Raises Damaged, and UserError for what holds anything but tensors and plain values, or no weights.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{path}: damaged, or no safetensors file ({error}).") from None
+    if path.is_dir() or zipfile.is_zipfile(path):  # older files of torch.save are none, and have no checksums
+        verify(path)
+    found = load(path, verified=True) if path.is_dir() else _read(path)
+    if isinstance(found, dict) and "format" in found:
+        found = load(path, verified=True)
+        return dict(found["average"] or found["model"])
+    for name in ("state_dict", "model", "model_state_dict"):  # as the programs of others nest it
+        found = found[name] if isinstance(found, dict) and isinstance(found.get(name), dict) else found
+    if not isinstance(found, dict) or not any(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UserError(f"{path}: holds no weights.")
+    return found
+
+
 def save_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) -> None:
     """The weights of a model's state_dict alone, as a safetensors file that any library reads."""
     from safetensors.torch import save

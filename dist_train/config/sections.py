@@ -119,6 +119,19 @@ class ModelConfig:
         "BatchNorm normalizes by the whole global batch, not by its part of it; each part then needs a "
         "process of its own (parallel.md).",
     )
+    init: str = option(
+        "",
+        "Weights to begin with: a run's folder (the evaluated weights of its best checkpoint), a .pt or "
+        ".safetensors file, or a URL; a head of another size is made new. Empty: those of the seed.",
+    )
+    freeze: list[str] = option(
+        [],
+        "Which layers or weights are not trained, by names such as `layer1` or `blocks.*`; a later `!name` "
+        "takes back, as in `['*', '!fc']`. Their BatchNorm stays in evaluation mode (finetuning.md).",
+    )
+    freeze_until: int | str | None = option(
+        None, "Freeze them up to here only: `500` (optimizer steps) or `2 epochs`; null: to the end."
+    )
 
 
 @dataclass

@@ -114,6 +114,8 @@ def _lengths(config: Config) -> Objections:
         yield "train.epochs", "is missing: give the length of the run here or in 'train.steps'"
     if config.train.epochs and config.train.steps:
         yield "train.steps", "and 'train.epochs' are both set; give one of them, and null for the other"
+    if config.model.init and config.resume not in ("auto", "never"):
+        yield "model.init", "and 'resume' both name what the run begins with; give one of them"
 
 
 def _channels(config: Config) -> Objections:
@@ -128,14 +130,16 @@ def _paths(config: Config) -> Objections:
         name = _shown(config, "run.name")
         name = name if len(name) < 100 else f"{name[:60]}...' of {len(config.run.name)} characters"
         yield "run.name", f"must be a folder's name inside run.dir, not {name}"
-    for key in ("run.dir", "data.root", "resume", "task.teacher"):
+    for key in ("run.dir", "data.root", "model.init", "resume", "task.teacher"):
         if "\0" in (get(config, key) or ""):
             yield key, f"must be a path, not {_shown(config, key)}"
 
 
 def _intervals(config: Config) -> Objections:
     """Intervals, lengths of time, and which checkpoint is the best, each with its way to be written."""
-    for key in ("eval.every", "checkpoint.every", "schedule.warmup"):
+    for key in ("eval.every", "checkpoint.every", "schedule.warmup", "model.freeze_until"):
+        if get(config, key) is None:
+            continue
         try:
             every = Every.parse(get(config, key))
         except ValueError as error:
@@ -143,9 +147,13 @@ def _intervals(config: Config) -> Objections:
         else:
             if key != "checkpoint.every" and (every.seconds or every.auto):
                 yield key, "counts in steps or epochs: time differs from run to run"
+            elif key == "model.freeze_until" and not every.in_steps(1):
+                yield key, f"must be a step or an epoch at least, not {_shown(config, key)}; null: to the end"
     waits = config.train.stop_when or config.schedule.name == "plateau"
     if waits and str(config.eval.every).strip() in ("never", "0"):
         yield "eval.every", "is never: train.stop_when and schedule.name=plateau wait for evaluations"
+    if config.model.freeze_until is not None and not config.model.freeze:
+        yield "model.freeze_until", "says how long, but 'model.freeze' names nothing to freeze"
     if config.stop_after is not None:
         try:
             parse_seconds(config.stop_after)

@@ -24,7 +24,7 @@ from dist_train.data.normalize import Normalization, from_array
 from dist_train.nested import map_tensors, tensors
 
 # Transforms without randomness that take a batch [B, C, H, W] as well as one image.
-BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "Resize", "ToDtype"}
+BATCHED = {"CenterCrop", "ConvertImageDtype", "Grayscale", "Normalize", "Pad", "RGB", "Resize", "ToDtype"}
 OF_OTHERS = {"Compose", "RandomApply", "RandomChoice", "RandomOrder"}  # made of further transforms
 QUICK = {"RandomCrop", "RandomHorizontalFlip", "RandomVerticalFlip"}  # random, and no work for threads
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from dist_train import data, flops, rates, runtime, tasks
+from dist_train import data, flops, pretrained, rates, runtime, tasks
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
 from dist_train.distill import taught
@@ -125,6 +125,7 @@ class Job:
     """A training whose phases a stopwatch watches, without what a run leaves behind."""
 
     def __init__(self, config: Config, ranks: Runtime) -> None:
+        config = pretrained.with_own_transforms(config)
         with ranks.together():
             with ranks.main_of_node_first():
                 sets = data.build(config)

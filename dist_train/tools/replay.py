@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dist_train import checkpoint, data, models, rates, runtime, tasks
+from dist_train import checkpoint, data, models, rates, runtime, tasks, weights
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, counted, from_file, printable
 from dist_train.distill import taught
@@ -140,7 +140,9 @@ def _steps(
     total = sets.total_steps(config)
     if not 1 <= stop <= total:
         raise UserError(f"{config.run_dir}: there is no step {stop:,}; the run has steps 1 to {total:,}.")
-    learner = Learner(config, ranks, sets, taught(config, tasks.build(config), ranks, sets, trust)[0])
+    first = weights.kept(config.run_dir) if config.model.init and not saved else None
+    task = taught(config, tasks.build(config), ranks, sets, trust)[0]
+    learner = Learner(config, ranks, sets, task, weights=first)
     state = State(learner)
     if saved:
         states.check_teacher(saved, state, str(config.run_dir))
@@ -154,7 +156,8 @@ def _steps(
     parts = list(islice(feed, learner.per_rank))
     done = learner.train_step(parts, schedule(learner.step, evaluations(learner.step)), with_norm=True)
     state.history = evaluations(learner.step)
-    names = [name for name, weight in learner.model.named_parameters() if weight.requires_grad]
+    trained = set(map(id, learner.parallel.weights))
+    names = [name for name, weight in learner.model.named_parameters() if id(weight) in trained]
     norms = [float(torch.linalg.vector_norm(rows)) for rows in done.row_norms]
     gradients = dict(zip(names, norms, strict=True))
     per_rank = max(1, learner.parts // world_size)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torchvision.tv_tensors import Mask
 
-from dist_train import data
+from dist_train import data, pretrained
 from dist_train.config import Config, UserError
 from dist_train.data.masks import painted
 from dist_train.data.order import Part
@@ -22,7 +22,7 @@ COLUMNS = 8
 
 def draw(config: Config, output: Path, count: int = 16) -> None:
     """Writes a PNG with the first `count` samples of the first epoch, as read and as the model sees them."""
-    sets = data.build(config)
+    sets = data.build(pretrained.with_own_transforms(config))
     if (transform := sets.train.transform) is None:
         raise UserError(f"data: the inputs of '{config.data.name}' are no images, so they can't be drawn.")
     indices = sets.order(config).positions(0)[:count]

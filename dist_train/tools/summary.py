@@ -10,13 +10,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_train import data, models
+from dist_train import data, freeze, models, pretrained
 from dist_train.config import Config, UserError
 
 
 def summarize(config: Config) -> None:
     """Prints a table of the model's layers for one sample, and the totals."""
-    sets = data.build(config)
+    sets = data.build(pretrained.with_own_transforms(config))
     args = {name: value for name, value in config.model.args.items() if name != "weights"}
     wanted = (config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
     # Weights without memory: a model of any size is summed up at once.
@@ -36,7 +36,12 @@ def summarize(config: Config) -> None:
     # Not the terminal's width but the table's: piped output is not cut.
     Console(width=120).print(table)
     total = sum(weight.numel() for weight in model.parameters())
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    frozen = freeze.frozen(model, config.model.freeze) if config.model.freeze_until is None else set()
+    trainable = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and name not in frozen
+    )
     print(f"\ninput           {' x '.join(map(str, sets.sample_shape))}")
     print(f"parameters      {total:,} ({trainable:,} trainable, {total * 4 / 2**20:,.1f} MiB in fp32)")
     print(f"multiply-adds   {multiply_adds:,} per sample")

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 
-from dist_train import checkpoint, data
+from dist_train import checkpoint, data, pretrained
 from dist_train.config import Config, RunError, UserError, counted, to_yaml
 from dist_train.data.transforms import ImageTransform
 from dist_train.parts import keeps_bits, part_size, parts_per_rank
@@ -51,7 +51,7 @@ def verify(config: Config, folder: Path, trial: Trial, say: Callable[[str], None
     Raises UserError if the job can't be trained at all, or not on so many processes with the same bits.
     """
     config = replace(
-        config,
+        pretrained.with_own_transforms(config),
         resume="auto",
         train=replace(config.train, epochs=None, steps=trial.steps, parts=_parts(config, trial.processes)),
         eval=replace(config.eval, every="never"),

@@ -13,6 +13,8 @@ from dist_train.record.history import read_metrics
 from dist_train.tree import Subtrees, sum_over_ranks, tree_sum
 from tests.distributed.group import Group, on_ranks
 from tests.distributed.ranks import ROOT, equal, last, train
+from tests.worlds import SMALL as WORLD
+from tests.worlds import write_npz
 
 SAMPLE = f"data.root={ROOT / 'dist_train' / 'assets'}"
 COMMON = [
@@ -148,6 +150,29 @@ def _add_up(group: Group) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_shards_of_all_ranks_are_added_up_in_the_order_of_ranks(tmp_path: Path, world_size: int) -> None:
     assert on_ranks(world_size, _add_up, cwd=tmp_path) == [0] * world_size
+
+
+def test_a_run_of_other_weights_with_frozen_layers_has_the_same_bits_however_it_is_spread(
+    tmp_path: Path,
+) -> None:
+    """The frozen layers, BatchNorm among them, are trained from step 3 on; each run goes over that."""
+    write_npz(tmp_path)
+    words = [
+        *WORLD, "threads=1", "train.parts=4", "train.steps=6", "train.clip_norm=0.5", "train.ema=0.9", *CNN,
+        "optim.name=AdamW", "optim.args.fused=false", "checkpoint.best=none", "log.every=1",
+    ]  # fmt: skip
+    train(tmp_path, *words, "run.name=before", "seed=5", "train.steps=2")
+    words += ["model.init=runs/before", "model.freeze=['*', '!13']", "model.freeze_until=3"]
+    train(tmp_path, *words, "run.name=one")
+    train(tmp_path, *words, "run.name=fsdp", "parallel.name=fsdp", processes=2)
+    train(tmp_path, *words, "run.name=moved", "train.steps=2", processes=2)
+    (tmp_path / "runs/before").rename(tmp_path / "gone")  # what goes on reads nothing from there
+    train(tmp_path, *words, "run.name=moved", processes=4)
+    one, fsdp, moved = (_what_came_out(tmp_path, name) for name in ("one", "fsdp", "moved"))
+    assert equal(one, fsdp)
+    assert equal(one[:-1], moved[:-1])  # whose rows tell of one evaluation more
+    averages = last(tmp_path, "one")["model"]
+    assert averages["1.num_batches_tracked"] == 2 + 3  # of the run before, and of the steps from 3 on
 
 
 NOTHING = """
