@@ -16,10 +16,11 @@ def test_each_job_has_the_same_bits_on_any_number_of_processes_moved_and_killed(
     tmp_path: Path, model: str
 ) -> None:
     if model == "recipes":
-        pytest.importorskip("pytorch_optimizer")
         names = list(RECIPES)
     else:
         names = [name for name in JOBS if name[0] == model and name not in RECIPES]
+    if model == "ResNet-18":  # a minute of a CPU each: each optimizer and each precision once
+        names = names[1:3]
     found = dict(make(tmp_path, [list(JOBS).index(name) for name in names]))
     assert len(found) == len(names)
     for name, hashes in zip(names, found.values(), strict=True):
