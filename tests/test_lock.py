@@ -122,8 +122,10 @@ def test_a_pid_that_another_program_has_now_is_no_holder(tmp_path: Path) -> None
     Lock(tmp_path).acquire(print)
 
 
-def test_of_two_attempts_that_find_the_same_stale_lock_one_goes_on(tmp_path: Path) -> None:
-    hold(tmp_path, host=json.loads(json.dumps(os.uname().nodename)), pid=2**22 + 1)
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_attempts_that_find_the_same_stale_lock_or_none_one_goes_on(stale: bool, tmp_path: Path) -> None:
+    if stale:
+        hold(tmp_path, host=os.uname().nodename, pid=2**22 + 1)
     outcomes: list[str] = []
 
     def attempt() -> None:

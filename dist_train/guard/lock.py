@@ -57,12 +57,22 @@ class Lock:
         self.check(say)
         mine = self.path.with_name(f"lock.{self.token}")
         mine.write_text(json.dumps(_myself(self.token)) + "\n", encoding="utf-8")
-        os.replace(mine, self.path)
-        time.sleep(0.1)  # of two that found the same stale lock, the later one has replaced the earlier one's
-        if not self.is_ours():
-            raise UserError(f"{self.path.parent}: another attempt has just started to train this run.")
+        if not self._create(mine):
+            self.check(say)  # of two that found none, the earlier one has it now
+            os.replace(mine, self.path)
+            time.sleep(0.1)  # of two that found the same stale lock, the later one has replaced the other's
+            if not self.is_ours():
+                raise UserError(f"{self.path.parent}: another attempt has just started to train this run.")
         for stray in self.path.parent.glob("lock.*"):  # of a process that was killed right here
             stray.unlink(missing_ok=True)
+
+    def _create(self, mine: Path) -> bool:
+        """Makes the lock of a file, which only one of several processes can do; False if it was there."""
+        try:
+            os.link(mine, self.path)
+        except OSError:  # also of file systems without hard links
+            return False
+        return True
 
     def clear(self) -> None:
         """Removes a lock that a dead process has left, where that is possible."""
