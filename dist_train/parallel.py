@@ -148,6 +148,10 @@ class Parallel:
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises UserError for an optimizer that does not work with a model that is spread so."""
 
+    def forget(self) -> None:
+        """Drops what the parts of a step have given that did not come to its end."""
+        self._subtrees.clear()
+
     def evaluated(self, model: nn.Module) -> None:
         """To be called after an evaluation of the model, or of its average."""
 

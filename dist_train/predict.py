@@ -1,7 +1,6 @@
 """What a trained model is used for: predicting images, and evaluating it again.
 
-Both need a run's folder or one checkpoint file and nothing else: it holds the weights, the
-configuration, the class names and the shape of a sample.
+Both need a run's folder, a checkpoint file or an exported one, and nothing else: see trained.py.
 """
 
 from __future__ import annotations
@@ -9,82 +8,29 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, models, runtime, tasks
+from dist_train import checkpoint, data, exported, models, runtime, tasks
 from dist_train.checkpoint.files import write_output
 from dist_train.config import GIVEN, Config, UserError, completed, from_file, nearest, printable, with_given
 from dist_train.data.images import as_text, image_paths, read_image, shrunk
 from dist_train.evaluate import evaluate
+from dist_train.trained import contents, load_model, trained
+
+__all__ = ["evaluate_run", "load_model", "predict"]
 
 FORMATS = ("table", "csv", "json")
 BATCH = 64  # images predicted at once
-MOST_VALUES = 2**26  # in an image of a model that may come from elsewhere
-# What arguments without sense make a model raise.
-UNBUILDABLE = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError,
-               RuntimeError, MemoryError)  # fmt: skip
 # What an evaluation needs of a configuration: not where the run lies, how it was trained and mirrored.
 EVALUATED = ("data.", "model.", "task.", "eval.", "train.batch_size", "train.accumulate", "seed", "device",
              "precision", "compile", "channels_last", "deterministic", "threads", "timeout_seconds",
              "watchdog_seconds", "stop_after", "train.ema")  # fmt: skip
-
-
-def load_model(
-    place: str | Path, *, model: nn.Module | None = None, trust: bool = False
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained model in evaluation mode, on the CPU, and the checkpoint's other contents.
-
-    Args:
-        place: a run's folder (its best checkpoint, else its newest) or a checkpoint file.
-        model: gets the weights, instead of a model that is made by its name; one that a program gave to
-            `fit` has none.
-        trust: whether the file may name any object, which is imported and called; otherwise only the models
-            of this package, torchvision and timm.
-
-    Raises UserError if there is none, or none that can be trusted.
-    """
-    path = checkpoint.find(place)
-    saved = checkpoint.load(path, verified=True)
-    config = from_file(saved["config"], path, needed=["model."] if model is None else [], trust=trust)
-    return _trained(path, saved, config, model, trust), saved
-
-
-def _trained(
-    path: Path, saved: dict[str, Any], config: Config, model: nn.Module | None, trust: bool
-) -> nn.Module:
-    """`model`, or the one that `config` names, with the weights of a checkpoint."""
-    what = f"model '{config.model.name}'"
-    if model is not None:
-        what = f"the {type(model).__name__} that is given"
-    else:
-        args, shape = dict(config.model.args), saved["sample_shape"]
-        loaded = ("weights", "weights_backbone", "pretrained")
-        for name in loaded if ":" not in config.model.name else ("weights",):
-            args.pop(name, None)  # those in the file take their place
-        if math.prod(shape) > MOST_VALUES and not trust:
-            raise UserError(f"{path}: images of shape {shape}; if you trust the file: --trust (trust=True).")
-        try:
-            with nullcontext() if trust else models.no_larger(checkpoint.size_of(path), str(path)):
-                model = models.build(config.model.name, args, shape, max(1, len(saved["classes"])))
-        except UNBUILDABLE as error:
-            if trust:
-                raise
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"{path}: {what} can't be built: {type(error).__name__}: {reason}.") from None
-    try:
-        model.load_state_dict(saved["average"] or saved["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: does not fit {what}: {reason}") from None
-    return model.eval()
 
 
 @torch.inference_mode()
@@ -151,8 +97,7 @@ def for_images(
 
     Raises UserError where the model takes no images.
     """
-    path = checkpoint.find(place)
-    saved = checkpoint.load(path, verified=True)
+    path, saved = contents(place)
     needed = [
         "data.eval_transform",
         "data.mean",
@@ -163,7 +108,7 @@ def for_images(
     config, shape = from_file(saved["config"], path, needed=needed, trust=trust), saved["sample_shape"]
     if len(shape) != 3 or shape[0] not in (1, 3, 4):
         raise UserError(f"{place}: its model takes no image files, but arrays of shape {shape}.")
-    trained = _trained(path, saved, config, model, trust)
+    found = trained(path, saved, config, model, trust)
     source = completed(saved["config"])["data"]["name"]
     if source.startswith(GIVEN):
         print(
@@ -171,12 +116,12 @@ def for_images(
             " is not done here, only data.eval_transform.",
             file=sys.stderr,
         )
-    return trained, saved, data.eval_transform(config)
+    return found, saved, data.eval_transform(config)
 
 
 def task_of(place: str | Path) -> str:
     """The name of the task that a run was trained for."""
-    saved = checkpoint.load(checkpoint.find(place, lambda text: None), verified=True)
+    _, saved = contents(place, lambda text: None)
     return str(completed(saved["config"])["task"]["name"])
 
 
@@ -225,14 +170,9 @@ def evaluate_run(
         trust: whether the file may name any object, as `overrides` may.
     """
     warnings: list[str] = []
-    path = checkpoint.find(place, warnings.append)
-    saved = checkpoint.load(path, verified=True)
-    # These are of no meaning here, and may not suit the eval set.
-    unused = ["data.drop_last=false", "data.train_transform=null"]
-    given = (("model.", model), ("task.", task), ("data.", eval_data))
-    needed = [key for key in EVALUATED if all(key != section or item is None for section, item in given)]
-    needed += ["data.eval_transform", "data.mean", "data.std"]
-    config = from_file(saved["config"], path, [*overrides, *unused], needed=needed, trust=trust)
+    path, saved = contents(place, warnings.append)
+    given = {"model": model, "task": task, "data": eval_data}
+    config = evaluated(path, saved, overrides, given, trust)
     config = with_given(
         config, model=model, data=train_data if eval_data is None else eval_data, task=task
     )  # what a task of one's own takes for a target is not known
@@ -241,21 +181,18 @@ def evaluate_run(
         for note in warnings if ranks.is_main else ():
             checkpoint.tell(note)
         with ranks.together():
-            model = _trained(path, saved, config, model, trust)
+            model = trained(path, saved, config, model, trust)
             with ranks.main_of_node_first():
                 found = data.opened(config, train_data if eval_data is None else eval_data, eval_data)
             sets = data.build(config, *found)
-            if sets.classes != saved["classes"][: len(sets.classes)]:  # fewer may be missing at the end
-                raise UserError(
-                    f"data: its classes ({', '.join(sets.classes)}) are not those of the run"
-                    f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
-                )
+            check_classes(sets, saved)
             task = tasks.build(config) if task is None else tasks.complete(task)
             batch, outputs = data.first_batch(sets.eval), None
             if isinstance(task, tasks.SampleTask):
                 outputs = models.probe(model, batch.inputs, config.model.name).to(ranks.device)
                 batch = batch.to(ranks.device)
-            tasks.check(task, model, batch, outputs, len(sets.classes))
+            if not isinstance(model, exported.Program):  # it has no gradient that a task could be tried on
+                tasks.check(task, model, batch, outputs, len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
         parts = saved["parts"] if config.train.batch_size % saved["parts"] == 0 else None  # as in the run
         batches = sets.eval_loader(config, ranks, parts)
@@ -266,6 +203,31 @@ def evaluate_run(
         return metrics
     finally:
         runtime.stop(ranks.accelerator)
+
+
+def evaluated(
+    path: Path, saved: dict[str, Any], overrides: Sequence[str], given: dict[str, Any], trust: bool
+) -> Config:
+    """The configuration of an evaluation, of what `contents` found.
+
+    Args:
+        overrides, trust: as for `evaluate_run`.
+        given: by section an object that is used instead of the one that the configuration names, or None.
+    """
+    # These are of no meaning here, and may not suit the eval set.
+    unused = ["data.drop_last=false", "data.train_transform=null"]
+    needed = [key for key in EVALUATED if given.get(key.rstrip(".")) is None]
+    needed += ["data.eval_transform", "data.mean", "data.std"]
+    return from_file(saved["config"], path, [*overrides, *unused], needed=needed, trust=trust)
+
+
+def check_classes(sets: data.Data, saved: dict[str, Any]) -> None:
+    """Raises UserError where the labels of some data don't mean what they meant in the run."""
+    if sets.classes != saved["classes"][: len(sets.classes)]:  # fewer may be missing at the end
+        raise UserError(
+            f"data: its classes ({', '.join(sets.classes)}) are not those of the run"
+            f" ({', '.join(saved['classes'])}), so label numbers would not mean the same."
+        )
 
 
 def image_files(places: Iterable[Path], errors: list[str]) -> Iterator[Path]:

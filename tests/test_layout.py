@@ -19,6 +19,8 @@ LAYERS = """
     train
     distill
     predict
+    trained
+    exported
     trainer
     state
     learner

@@ -18,7 +18,7 @@ from dist_train.config.load import (
 from dist_train.config.objects import GIVEN, construct, given_name, import_object, with_given
 from dist_train.config.schema import Config, get
 from dist_train.config.stopping import StopWhen
-from dist_train.config.trust import from_file
+from dist_train.config.trust import from_file, only
 
 __all__ = [
     "GIVEN",
@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "load_words",
     "nearest",
+    "only",
     "parse_seconds",
     "printable",
     "to_mapping",

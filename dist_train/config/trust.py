@@ -55,7 +55,7 @@ def from_file(
     from the environment, and for sizes without sense.
     """
     given = tuple(word.removeprefix("~").partition("=")[0] for word in overrides)
-    values = _only(values, needed)
+    values = only(values, needed)
     try:
         written = list(texts(values))
     except RecursionError:
@@ -86,7 +86,7 @@ def from_file(
     return config
 
 
-def _only(values: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+def only(values: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
     """What is needed of a configuration, and a length, without which it is none."""
     kept: dict[str, Any] = {}
     for name, value in values.items():

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dist_train.config import UserError, completed
-from dist_train.predict import load_model
 from dist_train.seeds import generator, key
+from dist_train.trained import load_model
 
 
 def continue_prompt(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,11 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
-from dist_train import data, flops, pretrained, rates, runtime, tasks
+from dist_train import data, flops, runtime
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
-from dist_train.distill import taught
-from dist_train.learner import Learner
 from dist_train.runtime import Runtime
+from dist_train.tools.dryrun import DryRun
 
 PHASES = ("data", "forward", "backward", "optimizer", "other")
 WARM_UP = 3  # steps that count nowhere, besides those whose batches workers bring at once at the start
@@ -121,42 +120,21 @@ class Stopwatch:
         return loop, device if self.device.type == "cuda" else None
 
 
-class Job:
-    """A training whose phases a stopwatch watches, without what a run leaves behind."""
+class Job(DryRun):
+    """A training whose phases a stopwatch watches."""
 
     def __init__(self, config: Config, ranks: Runtime) -> None:
-        config = pretrained.with_own_transforms(config)
-        with ranks.together():
-            with ranks.main_of_node_first():
-                sets = data.build(config)
-            task, _ = taught(config, tasks.build(config), ranks, sets)
-            self.total = sets.total_steps(config)
-            self.schedule = rates.schedule(config, self.total, sets.steps_per_epoch(config))
-        self.learner = Learner(config, ranks, sets, task)
-        self.workers = workers(sets.train, config, ranks)
-        self.samples = 0
+        super().__init__(config, ranks)
+        self.workers = workers(self.sets.train, config, ranks)
         self.flops = None
         if not self.learner.parallel.is_collective:  # else the layers are spread by now
-            self.flops = flops.of_training(self.learner.model, data.first_batch(sets.train).inputs)
+            self.flops = flops.of_training(self.learner.model, data.first_batch(self.sets.train).inputs)
         self.watch = watch = Stopwatch(ranks.device)
-        feed = sets.train_feed(config, ranks, 0, 2**31, self.learner.parts)
-        self.fetch = watch.watched("data", feed.__next__)
-        task.losses = watch.watched("forward", task.losses)  # type: ignore[method-assign]
+        self.fetch = watch.watched("data", self.fetch)
+        self.task.losses = watch.watched("forward", self.task.losses)  # type: ignore[method-assign]
         self.learner.backward = watch.watched("backward", self.learner.backward)
         self.learner.optimizer.register_step_pre_hook(lambda *_: watch.mark("other"))
         self.learner.optimizer.register_step_post_hook(lambda *_: watch.mark("optimizer"))
-
-    def train(self, steps: int) -> None:
-        """Takes some steps; beyond the end of the run with the last learning rate."""
-        for _ in range(steps):
-            self.learner.train_step(self.parts(), self.schedule(min(self.learner.step, self.total - 1), {}))
-
-    def parts(self) -> Iterator[data.Batch]:
-        """This rank's parts of the next step."""
-        for _ in range(self.learner.per_rank):
-            batch = self.fetch()
-            yield batch
-        self.samples += batch.part.total
 
 
 def _check(trace: Path) -> None:
@@ -212,7 +190,7 @@ def show(measured: Profile) -> None:
 
 def _phases(measured: Profile) -> Table:
     columns = {"loop": measured.loop} | ({"device": measured.device} if measured.device else {})
-    table = _table("phase", *(heading for name in columns for heading in (f"{name}, ms a step", "share")))
+    table = table_of("phase", *(heading for name in columns for heading in (f"{name}, ms a step", "share")))
     for phase in PHASES:
         cells = []
         for column in columns.values():
@@ -222,14 +200,15 @@ def _phases(measured: Profile) -> Table:
 
 
 def _top(operators: list[Operator]) -> Table:
-    table = _table("operator", "calls a step", "ms a step", "share")
+    table = table_of("operator", "calls a step", "ms a step", "share")
     for name, calls, seconds in operators[:OPERATORS]:
         share = _share(seconds, (operator.seconds for operator in operators))
         table.add_row(name, f"{calls / WATCHED:.4g}", f"{1000 * seconds / WATCHED:.3f}", share)
     return table
 
 
-def _table(first: str, *others: str) -> Table:
+def table_of(first: str, *others: str) -> Table:
+    """A table of one column of names and others of numbers."""
     table = Table(box=None, pad_edge=False)
     table.add_column(first)
     for heading in others:

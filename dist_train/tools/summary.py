@@ -17,15 +17,8 @@ from dist_train.config import Config, UserError
 def summarize(config: Config) -> None:
     """Prints a table of the model's layers for one sample, and the totals."""
     sets = data.build(pretrained.with_own_transforms(config))
-    args = {name: value for name, value in config.model.args.items() if name != "weights"}
-    wanted = (config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
-    # Weights without memory: a model of any size is summed up at once.
+    model = without_memory(config, sets)
     with torch.device("meta"):
-        try:
-            model = models.build(*wanted)
-        except (UserError, RuntimeError):  # RegNets compute their widths; a mistake comes up again
-            with torch.device("cpu"):
-                model = models.build(*wanted).to("meta")
         dtype = torch.float32 if sets.eval.transform else torch.int64  # of images, or symbols
         rows, multiply_adds = layers(model, sets.sample_shape, dtype)
     table = Table(box=None, pad_edge=False)
@@ -36,15 +29,28 @@ def summarize(config: Config) -> None:
     # Not the terminal's width but the table's: piped output is not cut.
     Console(width=120).print(table)
     total = sum(weight.numel() for weight in model.parameters())
-    frozen = freeze.frozen(model, config.model.freeze) if config.model.freeze_until is None else set()
-    trainable = sum(
-        weight.numel()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and name not in frozen
-    )
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     print(f"\ninput           {' x '.join(map(str, sets.sample_shape))}")
     print(f"parameters      {total:,} ({trainable:,} trainable, {total * 4 / 2**20:,.1f} MiB in fp32)")
     print(f"multiply-adds   {multiply_adds:,} per sample")
+
+
+def without_memory(config: Config, sets: data.Data) -> nn.Module:
+    """The model that the configuration names, its weights on the meta device: one of any size at once.
+
+    Those need no gradient that are frozen for the whole training.
+    """
+    args = {name: value for name, value in config.model.args.items() if name != "weights"}
+    wanted = (config.model.name, args, sets.sample_shape, max(1, len(sets.classes)))
+    with torch.device("meta"):
+        try:
+            model = models.build(*wanted)
+        except (UserError, RuntimeError):  # RegNets compute their widths; a mistake comes up again
+            with torch.device("cpu"):
+                model = models.build(*wanted).to("meta")
+    for name in freeze.frozen(model, config.model.freeze) if config.model.freeze_until is None else ():
+        model.get_parameter(name).requires_grad_(False)
+    return model
 
 
 def layers(

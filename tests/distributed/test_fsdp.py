@@ -79,6 +79,7 @@ def test_a_run_goes_on_from_ddp_to_fsdp_and_back_and_from_one_file_to_parts_and_
 
 def test_a_complete_run_in_parts_says_so_and_is_evaluated_by_one_process(tmp_path: Path) -> None:
     from dist_train.predict import evaluate_run, load_model
+    from dist_train.tools.export import export
 
     (saved,) = runs(
         tmp_path, [*MLP, *ADAMW], ("parts", 2, [FSDP, SHARDED, "checkpoint.best=max eval/accuracy"])
@@ -90,6 +91,9 @@ def test_a_complete_run_in_parts_says_so_and_is_evaluated_by_one_process(tmp_pat
     assert load_model(run)[1]["step"] == best["step"] == saved["best_step"]
     measured = evaluate_run(folder / "last.sharded", ["device=cpu", f"data.root={tmp_path}/arrays.npz"])
     assert measured == pytest.approx(saved["metrics"])
+    alone, where = tmp_path / "alone.safetensors", [f"data.root={tmp_path}/arrays.npz"]
+    assert export(folder / "last.sharded", "safetensors", alone, overrides=where).difference == 0
+    assert evaluate_run(alone, ["device=cpu", *where]) == measured
     train(
         tmp_path,
         *BASE,

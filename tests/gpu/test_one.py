@@ -12,15 +12,18 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from dist_train import load
 from dist_train.checkpoint.snapshot import to_cpu
 from dist_train.data import Batch, Feed
 from dist_train.data.augment import Augment, CutMix, MixUp
 from dist_train.data.order import Part
 from dist_train.record.history import read_metrics, read_status
+from dist_train.tools.find_batch_size import find_batch_size
 from dist_train.tools.replay import replay
 from tests.distributed.ranks import equal, last, same_bits
 from tests.gpu.conftest import DEVICE
 from tests.processes import Finished
+from tests.worlds import SMALL, pictures
 
 KINDS = {
     "fp32": [],
@@ -181,3 +184,19 @@ def test_augmentation_gives_the_pixels_of_a_cpu_and_nothing_waits_for_the_device
     for one, other in zip(seen, expected, strict=True):
         assert torch.allclose(one.inputs.cpu(), other.inputs, atol=1e-5)
         assert torch.allclose(one.targets.cpu(), other.targets, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="a CPU's memory is not filled")
+def test_the_largest_batch_that_fits_is_found_by_trying(tmp_path: Path) -> None:
+    images, labels = pictures(4096)
+    held = {"x_train": images, "y_train": labels, "x_test": images[:9], "y_test": labels[:9]}
+    np.savez(tmp_path / "many.npz", **held)
+    words = [*SMALL, f"data.root={tmp_path}/many.npz", "device=cuda", "model.args.hidden=[100000]"]
+    torch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = find_batch_size(load([], words))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "did not fit" in found.reason
+    assert 64 < found.size < 4096
+    assert all(each.gb < 2 for each in found.tried)
