@@ -138,7 +138,7 @@ def test_weights_that_went_bad_in_the_last_step_are_not_saved(
         "    steps = 0\n"
         "    def step(self, closure=None):\n"
         "        super().step()\n"
-        "        type(self).steps += 1\n"
+        "        self.steps += 1  # of this one: another takes a step on trial\n"
         "        if self.steps == 12:\n"
         "            self.param_groups[0]['params'][0].data[0, 0] = float('inf')\n"
     )

@@ -65,7 +65,7 @@ def construct(
     Raises UserError, naming `key`, for arguments that it doesn't take, lacks, or refuses (by an error
     of the classes `refusals`).
     """
-    name = getattr(function, "__name__", repr(function))
+    name = getattr(function, "__name__", None) or repr(function)  # which of weights takes a while
     parameters = inspect.signature(function).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in args:
