@@ -63,6 +63,11 @@ RECIPES = {
         "data.train_transform=[{MixUp: {alpha: 0.4}}]", "task.args={label_smoothing: 0.1}", "eval.every=3",
         f"train.stop_when=eval/loss not better by 10 for {STEPS // 3 - 1} evaluations",
     ],
+    ("CNN + BatchNorm", "BCE, RandAugment, RandomErasing, CutMix, recompute", "fp32"): [
+        *MODELS["CNN + BatchNorm"], *OPTIMIZERS["SGD"], "parallel.recompute=true",
+        "task.args={loss: bce, threshold: 0.2, label_smoothing: 0.1}",
+        "data.train_transform=[RandAugment,{RandomErasing: {p: 0.5}},{CutMix: {alpha: 1.0}}]",
+    ],
 }  # fmt: skip
 JOBS |= RECIPES
 COLUMNS = ("1", "2", "4", "2 → 4 → 1", "killed three times")

@@ -27,6 +27,6 @@ def test_each_job_has_the_same_bits_on_any_number_of_processes_moved_and_killed(
         assert len(set(hashes.values())) == 1, (name, hashes)
     assert len({hashes["1"] for hashes in found.values()}) == len(names)  # jobs that differ have other bits
     if model == "recipes":  # what they are to show did happen
-        lowered, stopped = (read_metrics(tmp_path / "1" / f"job-{number}") for number in found)
+        lowered, stopped, _ = (read_metrics(tmp_path / "1" / f"job-{number}") for number in found)
         assert len({row["lr/0"] for row in lowered if "lr/0" in row}) > 2
         assert (stopped[-1]["step"], "stopped" in stopped[-1]) == (STEPS, True)
