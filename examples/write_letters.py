@@ -37,12 +37,12 @@ def families(folder: str | None) -> list[list[str]]:
 
 
 def render(letter: str, face: str, random: np.random.Generator) -> Image.Image:
-    """A letter, roughly in the middle of a grey image, turned a little, light on dark or dark on light."""
-    paper, ink = random.permutation([random.integers(0, 90), random.integers(150, 256)])
+    """A letter, roughly in the middle of a grey image, turned a little, dark on light."""
+    ink, paper = random.integers(0, 90), random.integers(160, 256)
     image = Image.new("L", (SIZE, SIZE), int(paper))
-    place, font = random.uniform(0.42, 0.58, 2) * SIZE, ImageFont.truetype(face, random.integers(15, 25))
+    place, font = random.uniform(0.44, 0.56, 2) * SIZE, ImageFont.truetype(face, random.integers(18, 26))
     ImageDraw.Draw(image).text(tuple(place), letter, int(ink), font, anchor="mm")
-    image = image.rotate(random.uniform(-15, 15), Image.Resampling.BICUBIC, fillcolor=int(paper))
+    image = image.rotate(random.uniform(-10, 10), Image.Resampling.BICUBIC, fillcolor=int(paper))
     pixels = np.asarray(image) + random.normal(0, 12, (SIZE, SIZE))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
