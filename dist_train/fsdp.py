@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from dist_train.blocks import blocks, is_batchnorm
 from dist_train.config import Config, UserError, counted
+from dist_train.models.blocks import blocks, is_batchnorm
 from dist_train.parallel import Parallel, compile_module, row_norms
 from dist_train.rows import local, rows_of
 from dist_train.runtime import Runtime

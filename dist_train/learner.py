@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from dist_train import batchnorm, flops, models, optim, rates, tasks
+from dist_train import flops, models, optim, tasks
 from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, Every, UserError, to_mapping
 from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
-from dist_train.freeze import Frozen
 from dist_train.meters import Best, stop_when
+from dist_train.models import batchnorm
+from dist_train.models.freeze import Frozen
+from dist_train.models.weights import Weights, fill
+from dist_train.optim import rates
 from dist_train.parallel import Parallel, spread
 from dist_train.parts import default_parts, parts_per_rank
 from dist_train.rows import rows_of
@@ -29,7 +32,6 @@ from dist_train.runtime import Runtime
 from dist_train.seeds import key, seed_device, seed_weights
 from dist_train.tasks import Task
 from dist_train.tree import tree_sum
-from dist_train.weights import Weights, fill
 
 MOMENT = re.compile(r"optimizer/state/(\d+)/")  # how saved tensors of the optimizer are named
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.batchnorm import Counting, synchronize
-from dist_train.blocks import recompute
 from dist_train.config import Config, UserError, construct
+from dist_train.models.batchnorm import Counting, synchronize
+from dist_train.models.blocks import recompute
 from dist_train.rows import local
 from dist_train.runtime import Runtime
 from dist_train.tree import Subtrees, Tensors, add, sum_over_ranks

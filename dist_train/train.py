@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import checkpoint, data, optim, pretrained, rates, runtime, tasks, weights
+from dist_train import checkpoint, data, optim, runtime, tasks
 from dist_train import state as states
 from dist_train.checkpoint.memory import Memory
 from dist_train.checkpoint.snapshot import unreadable
@@ -34,6 +34,8 @@ from dist_train.distill import taught
 from dist_train.guard.guard import Guard
 from dist_train.learner import Learner
 from dist_train.meters import Best, stop_when
+from dist_train.models import pretrained, weights
+from dist_train.optim import rates
 from dist_train.parts import keeps_bits, part_size
 from dist_train.record.history import read_status
 from dist_train.record.record import Begin, Record

@@ -21,7 +21,7 @@ from dist_train.evaluate import Unread
 from dist_train.guard.guard import Guard
 from dist_train.learner import Step
 from dist_train.meters import Best, Clock, Window
-from dist_train.rates import History
+from dist_train.optim.rates import History
 from dist_train.record.record import Record
 from dist_train.runtime import Runtime
 from dist_train.state import State

@@ -9,11 +9,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_train import models, optim, rates
+from dist_train import models, optim
 from dist_train.config import Config
 from dist_train.config.options import Rule
 from dist_train.config.schema import each_key
 from dist_train.data import sources
+from dist_train.optim import rates
 from dist_train.tasks import TASKS
 
 PAGE = Path(__file__).with_name("configuration.md")

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_train import checkpoint, fit, load, models, pretrained, weights
+from dist_train import checkpoint, fit, load, models
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import eval_transform
-from dist_train.freeze import Frozen, frozen
+from dist_train.models import pretrained, weights
+from dist_train.models.freeze import Frozen, frozen
 from dist_train.predict import evaluate_run
 from dist_train.tools.replay import replay
 from tests.worlds import SMALL, pictures, write_npz

@@ -12,11 +12,11 @@ import torchvision
 from torch import nn
 
 from dist_train import optim
-from dist_train.cnn import cnn
 from dist_train.config import UserError, from_mapping
-from dist_train.gpt import GPT
-from dist_train.groups import layers
 from dist_train.models import mlp
+from dist_train.models.cnn import cnn
+from dist_train.models.gpt import GPT
+from dist_train.optim.groups import layers
 from dist_train.record.history import read_attempts
 from tests.distributed.ranks import equal, last, same_bits
 from tests.worlds import SMALL

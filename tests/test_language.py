@@ -22,7 +22,7 @@ from benchmarks.bare_gpt import compare
 from dist_train import load
 from dist_train.config import UserError
 from dist_train.data.text import Text, text
-from dist_train.gpt import GPT
+from dist_train.models.gpt import GPT
 from dist_train.predict import load_model
 from dist_train.record.history import read_metrics
 from dist_train.tasks import Language

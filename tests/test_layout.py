@@ -30,11 +30,10 @@ LAYERS = """
     tasks
     data
     guard
-    pretrained weights optim
-    models checkpoint
-    groups rates flops freeze muon cnn batchnorm
-    blocks
-    nested rows gpt fetch
+    optim
+    models
+    checkpoint flops
+    nested rows fetch
     runtime
     tree
     record console

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_train import optim
-from dist_train import rates as rates_module
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.config.options import OBJECT
 from dist_train.config.schema import each_key
-from dist_train.gpt import GPT
+from dist_train.models.gpt import GPT
+from dist_train.optim import rates as rates_module
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_attempts, read_metrics
 from tests.distributed.ranks import equal, last, same_bits

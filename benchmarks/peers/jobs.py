@@ -91,7 +91,7 @@ def model() -> nn.Module:
         layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
         network: nn.Module = nn.Sequential(nn.Flatten(), *layers)
     elif JOB == "gpt":
-        from dist_train.gpt import GPT
+        from dist_train.models.gpt import GPT
 
         network = GPT(256, (CONTEXT,), depth=3, heads=4, width=128)
     else:

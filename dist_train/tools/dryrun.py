@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dist_train import data, pretrained, rates, tasks, weights
+from dist_train import data, tasks
 from dist_train.config import Config
 from dist_train.distill import taught
 from dist_train.learner import Learner, Step
+from dist_train.models import pretrained, weights
+from dist_train.optim import rates
 from dist_train.runtime import Runtime
 
 

@@ -16,10 +16,11 @@ from rich.console import Console
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dist_train import data, flops, optim, pretrained, runtime, tasks
-from dist_train.blocks import blocks
+from dist_train import data, flops, optim, runtime, tasks
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
+from dist_train.models import pretrained
+from dist_train.models.blocks import blocks
 from dist_train.nested import map_tensors
 from dist_train.parts import default_parts, part_size, parts_per_rank
 from dist_train.tools.dryrun import DryRun

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from dist_train import checkpoint, data, models, rates, runtime, tasks, weights
+from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train import state as states
 from dist_train.config import Config, UserError, completed, counted, from_file, printable
 from dist_train.distill import taught
 from dist_train.learner import Learner
+from dist_train.models import weights
 from dist_train.nested import map_tensors
+from dist_train.optim import rates
 from dist_train.record.history import read_attempts, read_metrics, read_status
 from dist_train.runtime import Runtime
 from dist_train.state import State

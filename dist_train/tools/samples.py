@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torchvision.tv_tensors import Mask
 
-from dist_train import data, pretrained
+from dist_train import data
 from dist_train.config import Config, UserError
 from dist_train.data.masks import painted
 from dist_train.data.order import Part
 from dist_train.data.samples import Samples
 from dist_train.data.transforms import ImageTransform
+from dist_train.models import pretrained
 from dist_train.tools.pictures import Cell, write_grid
 
 COLUMNS = 8

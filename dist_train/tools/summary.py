@@ -10,8 +10,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_train import data, freeze, models, pretrained
+from dist_train import data, models
 from dist_train.config import Config, UserError
+from dist_train.models import freeze, pretrained
 
 
 def summarize(config: Config) -> None:

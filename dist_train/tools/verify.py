@@ -25,9 +25,10 @@ import numpy as np
 import psutil
 import torch
 
-from dist_train import checkpoint, data, pretrained
+from dist_train import checkpoint, data
 from dist_train.config import Config, RunError, UserError, counted, to_yaml
 from dist_train.data.transforms import ImageTransform
+from dist_train.models import pretrained
 from dist_train.parts import keeps_bits, part_size, parts_per_rank
 from dist_train.record.history import read_lines, read_metrics
 from dist_train.seeds import seed_sample

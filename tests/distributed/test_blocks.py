@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train.batchnorm import synchronize
-from dist_train.blocks import recompute
 from dist_train.config import UserError
+from dist_train.models.batchnorm import synchronize
+from dist_train.models.blocks import recompute
 from dist_train.parallel import compile_module
 from tests.distributed.ranks import distance, last, same_bits
 from tests.processes import Finished

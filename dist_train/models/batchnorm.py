@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.blocks import is_batchnorm
 from dist_train.config import UserError, counted
+from dist_train.models.blocks import is_batchnorm
 
 Sum = Callable[[torch.Tensor], torch.Tensor]  # of a small tensor, over all ranks, in their order
 

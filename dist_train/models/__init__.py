@@ -16,9 +16,9 @@ from torch.nn.modules.module import (
 )
 from torch.nn.parameter import is_lazy
 
-from dist_train.cnn import cnn, resnet18_small
 from dist_train.config import UserError, construct, import_object, nearest
-from dist_train.gpt import GPT
+from dist_train.models.cnn import cnn, resnet18_small
+from dist_train.models.gpt import GPT
 from dist_train.nested import tensors
 
 

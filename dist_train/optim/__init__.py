@@ -13,8 +13,8 @@ from torch import nn
 
 from dist_train.checkpoint.snapshot import unreadable
 from dist_train.config import Config, UserError, construct, counted, import_object, nearest
-from dist_train.groups import Place, grouped, places
-from dist_train.muon import Muon, split
+from dist_train.optim.groups import Place, grouped, places
+from dist_train.optim.muon import Muon, split
 from dist_train.rows import is_sharded, local
 
 
