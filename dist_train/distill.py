@@ -49,13 +49,11 @@ class Distilled(Classification):
         return (1 - self.weight) * values + self.weight * each, None, {"distillation": each.detach()}
 
 
-def taught(
-    config: Config, task: Task, ranks: Runtime, data: Data, trust: bool = True
-) -> tuple[Task, list[str]]:
+def taught(config: Config, task: Task, ranks: Runtime, data: Data) -> tuple[Task, list[str]]:
     """`task` with the teacher that the configuration names, if it does, and a note on it.
 
     The teacher is the evaluated model of a run's best checkpoint. Its file may name a model of one's own only
-    where the configuration names the same and is trusted. Raises UserError if it does not see images
+    where the configuration, which is trusted, names the same. Raises UserError if it does not see images
     as this run does, or names other classes.
     """
     place, wanted = config.task.teacher, config.task
@@ -69,7 +67,7 @@ def taught(
         )
     path = checkpoint.find(place)
     named = completed(checkpoint.load(path, verified=True)["config"])["model"]["name"]
-    teacher, saved = load_model(path, trust=trust and ":" in named and named == config.model.name)
+    teacher, saved = load_model(path, trust=":" in named and named == config.model.name)
     _check(config, data, saved, str(path))
     teacher.requires_grad_(False).to(ranks.device)
     if config.channels_last:

@@ -66,7 +66,9 @@ def test_a_taught_run_has_the_same_bits_on_any_number_of_processes_and_is_replay
     assert one["model"].keys() == last(tmp_path, "alone")["model"].keys()  # nothing of the teacher
     rows = {row["step"]: row for row in read_metrics(Path("runs/one")) if row["kind"] == "train"}
     assert rows[6]["train/distillation"] > 0
-    assert replay(Path("runs/one"), 6).loss == rows[6]["train/loss"]
+    assert replay(Path("runs/one"), 6, trust=True).loss == rows[6]["train/loss"]
+    with pytest.raises(UserError, match="from where the run says that it lies, runs/teacher; if you trust"):
+        replay(Path("runs/one"), 6)
     assert evaluate_run("runs/one/checkpoints/last.pt") == one["metrics"]  # its own task, without the teacher
     after = load_model("runs/teacher")[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

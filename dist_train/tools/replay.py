@@ -94,9 +94,8 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
         config = _on_one_cpu(attempts[number], run, trust)
         ranks = runtime.start(config)
         try:
-            with nullcontext() if trust else models.no_larger(_size(run, config.task.teacher), str(run)):
-                processes = attempts[number]["processes"]
-                replayed, saved = _steps(config, ranks, saved, done, processes, trust)
+            with nullcontext() if trust else models.no_larger(_size(run), str(run)):
+                replayed, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
         finally:
             runtime.stop(ranks.accelerator)
         if done == step:
@@ -125,17 +124,14 @@ def _is_attempt(line: Any) -> bool:
     return line["processes"] > 0 and isinstance(line["config"].get("resume", ""), str)
 
 
-def _size(run: Path, teacher: str | None) -> int:
-    """The size of the run's largest checkpoint; where there is none, what a model may take without one.
-
-    With that of its teacher's, which is made, too.
-    """
+def _size(run: Path) -> int:
+    """The size of the run's largest checkpoint; where there is none, what a model may take without one."""
     sizes = [path.stat().st_size for path in checkpoint.newest_first(run / "checkpoints")]
-    return max(sizes, default=2**30) + (checkpoint.size_of(checkpoint.find(teacher)) if teacher else 0)
+    return max(sizes, default=2**30)
 
 
 def _steps(
-    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int, trust: bool
+    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int
 ) -> tuple[Replayed, dict[str, Any]]:
     """Goes on from `saved`, or else from the seed, to step `stop`; what that step did, and the new state."""
     sets = data.build(config)
@@ -143,7 +139,7 @@ def _steps(
     if not 1 <= stop <= total:
         raise UserError(f"{config.run_dir}: there is no step {stop:,}; the run has steps 1 to {total:,}.")
     first = weights.kept(config.run_dir) if config.model.init and not saved else None
-    task = taught(config, tasks.build(config), ranks, sets, trust)[0]
+    task = taught(config, tasks.build(config), ranks, sets)[0]
     learner = Learner(config, ranks, sets, task, weights=first)
     state = State(learner)
     if saved:
@@ -193,6 +189,11 @@ def _evaluations(run: Path, state: State) -> Callable[[int], dict[str, list[floa
 def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
     """The configuration of `attempt` for one process that cuts the global batch as its processes did."""
     config = from_file(attempt["config"], run, needed=REPLAYED, trust=trust)
+    if config.task.teacher and not trust:
+        raise UserError(
+            f"{run}: task.teacher: its teacher would be read from where the run says that it lies,"
+            f" {config.task.teacher}; if you trust the run: --trust (trust=True)."
+        )
     # Older versions recorded what it follows from.
     parts = attempt.get("parts") or attempt["processes"] * config.train.accumulate
     half = "bf16" if config.precision == "bf16" else "fp32"
