@@ -19,7 +19,7 @@ from dist_train.data import build
 from dist_train.models import mlp
 from dist_train.record.history import read_metrics
 from dist_train.tools.estimate import estimate
-from dist_train.tools.find_batch_size import Tried, by_growth, by_trying, cgroup_left
+from dist_train.tools.find_batch_size import Tried, by_growth, by_trying, cgroup_left, find_batch_size
 from dist_train.tools.find_lr import find_lr, told
 from tests.processes import Finished
 from tests.worlds import SMALL, pictures
@@ -90,6 +90,13 @@ def test_a_size_is_found_by_growth_without_filling_the_memory() -> None:
     assert by_growth(train, 50, limit=8.0).size == 50
 
 
+def test_a_model_with_batchnorm_on_single_pixels_has_a_largest_batch(small: list[str]) -> None:
+    words = ["model.name=cnn", "model.args.widths=[8,16]", "train.ema=0.9"]
+    found = find_batch_size(load([], [*small, *words]))
+    assert (found.size, found.reason) == (90, "the whole training set")
+    assert [each.size for each in found.tried] == [2, 4, 8, 16, 32, 64, 90]
+
+
 def test_memory_of_control_groups_is_that_of_the_narrowest(tmp_path: Path) -> None:
     inner = tmp_path / "jobs" / "mine"
     inner.mkdir(parents=True)
@@ -113,8 +120,8 @@ def test_the_largest_batch_of_a_wide_model_is_told_by_what_a_sample_takes(
     assert finished.rc == 0, finished
     match = re.search(r"largest: (\S+) samples .*a sample takes (\S+) MB", finished.out)
     assert match, finished
-    # Of 20,000 float32 numbers: before and after ReLU, and their gradients; two parts are not held at once.
-    assert 0.16 < float(match[2]) < 0.45, finished
+    # 20,000 float32 numbers, 0.08 MB: two to four times, and up to as much again by steps of the allocator.
+    assert 0.16 < float(match[2]) < 1.6, finished
     assert sorted(path.name for path in tmp_path.iterdir()) == ["arrays.npz"]
 
 

@@ -27,6 +27,7 @@ from dist_train.runtime import Runtime
 from dist_train.tools.dryrun import DryRun
 
 SHARE = 0.9  # of the memory that is there, to be used; allocators don't fill all of it
+FIRST = 2  # samples: of one, BatchNorm can't tell a deviation
 GROWTH = 64e6  # bytes by which a doubled batch must exceed the one before, to tell what a sample takes
 SECONDS = 20  # that a step on a CPU may take before no larger one is tried
 
@@ -75,7 +76,7 @@ def by_trying(train: Callable[[int], Tried | None], most: int) -> Found:
     tried: list[Tried] = []
     good, bad = 0, most + 1
     while good < most and bad - good > max(1, good // 16):
-        size = min(2 * good or 1, most) if bad > most else (good + bad) // 2
+        size = min(2 * good or FIRST, most) if bad > most else (good + bad) // 2
         if (found := train(size)) is None:
             bad = size
         else:
@@ -89,7 +90,7 @@ def by_trying(train: Callable[[int], Tried | None], most: int) -> Found:
 
 def by_growth(train: Callable[[int], Tried], most: int, limit: float) -> Found:
     """The largest size by what a sample takes, told by sizes that stay far below `limit` (GB)."""
-    tried = [train(1)]
+    tried = [train(min(FIRST, most))]
     while tried[-1].size < most:
         last = tried[-1]
         grown = last.gb - tried[-2].gb if len(tried) > 1 else 0.0
@@ -109,7 +110,7 @@ def by_growth(train: Callable[[int], Tried], most: int, limit: float) -> Found:
         return Found(last.size, tried, reason)
     size = last.size + math.floor((limit - last.gb) / each)
     if size < 1:
-        raise UserError(f"find-batch-size: a batch of one takes {tried[0].gb:.2f} of {limit:.2f} GB.")
+        raise UserError(f"find-batch-size: {FIRST} samples take {tried[0].gb:.2f} of {limit:.2f} GB.")
     reason = f"a sample takes {1e3 * each:.3g} MB, and {limit:.3g} GB may be used"
     return Found(min(size, most), tried, reason)
 
