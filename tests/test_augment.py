@@ -211,6 +211,7 @@ JOB = [*SMALL, CONFIGURED, "data.mean=[0.4]", "data.std=[0.3]", "task.args.label
        "log.every=1", "checkpoint.every=4"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_has_the_same_bits_on_two_ranks_after_kills_and_when_replayed(
     npz: Path,
     ranks: Callable[..., list[Finished]],

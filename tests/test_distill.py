@@ -49,6 +49,7 @@ def test_the_loss_is_shared_with_the_distance_to_the_teacher() -> None:
     assert torch.allclose(student(inputs).softmax(1), teacher(inputs).softmax(1), atol=1e-2)
 
 
+@pytest.mark.long
 def test_a_taught_run_has_the_same_bits_on_any_number_of_processes_and_is_replayed(
     npz: Path, ranks: Callable[..., list[Finished]], here: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import accelerate
+import pytest
 import torch
 
 from dist_train.runtime import allowed_cpus
@@ -25,6 +26,7 @@ def lines(result: Finished) -> dict[str, tuple[str, str]]:
     return {match[2]: (match[1], match[3]) for match in found if match}
 
 
+@pytest.mark.long
 def test_a_machine_that_can_train_is_told_to(cli: Callable[..., Finished], tmp_path: Path) -> None:
     result = cli("doctor", env={"SLURM_JOB_ID": "12", "SLURM_NTASKS": "1", "WANDB_MODE": "offline"})
     assert (result.rc, result.err) == (0, ""), result

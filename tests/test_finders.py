@@ -46,6 +46,7 @@ def test_rates_that_rise_give_a_curve_a_suggestion_and_no_run(
     assert read_metrics(tmp_path / "runs/run")[-1]["eval/accuracy"] > 0.9  # of three classes
 
 
+@pytest.mark.long
 def test_a_rate_is_not_suggested_where_the_test_shows_none(small: list[str], npz: Path) -> None:
     low = find_lr(load([], small), 30, 1e-6, 1e-3)
     assert low and low.suggestion is None

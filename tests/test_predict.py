@@ -82,6 +82,7 @@ def test_predictions_name_the_classes_in_a_table_in_csv_and_in_json(
     assert [len(row["top"]), row["top"][0][0]] == [2, CLASSES[0]]
 
 
+@pytest.mark.long
 def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_at_all(
     trained: Path, cli: Callable[..., Finished], run: Callable[..., Finished], tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_name_that_is_no_utf8_is_escaped_and_an_output_is_there_whole_or_not_a
     assert sorted(path.name for path in tmp_path.iterdir()) == ["named", "out", "sealed"]
 
 
+@pytest.mark.long
 def test_output_that_nobody_reads_or_that_finds_no_room_leaves_no_traceback(
     trained: Path, run: Callable[..., Finished]
 ) -> None:

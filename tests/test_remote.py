@@ -120,6 +120,7 @@ def test_a_run_from_s3_has_the_bits_of_one_from_a_disk_on_any_number_of_processe
     _end_copier()
 
 
+@pytest.mark.long
 def test_worker_processes_and_threads_fetch_what_they_need(
     ranks: Callable[..., list[Finished]], made: Path, tmp_path: Path
 ) -> None:

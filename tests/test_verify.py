@@ -136,6 +136,7 @@ def test_a_job_that_fails_by_itself_is_told_as_such(cli: Callable[..., Finished]
     assert "nowhere.npz" in result.err and "Traceback" not in result.err
 
 
+@pytest.mark.long
 def test_what_a_job_of_ones_own_died_of_is_shown(
     cli: Callable[..., Finished], npz: Path, tmp_path: Path
 ) -> None:

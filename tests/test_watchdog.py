@@ -229,6 +229,7 @@ def test_a_step_that_was_slow_but_ends_is_no_hang(
     assert process.returncode == 75 and "no step for 3 s" in err
 
 
+@pytest.mark.long
 def test_code_that_holds_the_lock_of_python_ends_with_its_stacks(
     begin: Callable[..., Process], under_way: Callable[..., Process], tmp_path: Path
 ) -> None:
@@ -244,6 +245,7 @@ def test_code_that_holds_the_lock_of_python_ends_with_its_stacks(
     assert row["state"] == "lost" and row["trouble"].endswith(f"is gone; its stacks are in {stacks}"), row
 
 
+@pytest.mark.long
 def test_a_stopped_rank_is_named_by_the_others(
     ranks_running: tuple[list[Process], Path],
 ) -> None:
@@ -307,7 +309,8 @@ def saved_because(run: Path, reason: str) -> bool:
     return (status["state"], status["reason"], status["step"]) == ("interrupted", reason, step) and step > 0
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_ranks_whose_launcher_is_gone_save_and_end(
     launcher: str,
     start: Callable[..., subprocess.Popen[str]],
@@ -339,9 +342,8 @@ def data(train, root):
 """
 
 
-@pytest.mark.parametrize(
-    "when", [pytest.param("while they import", marks=pytest.mark.long), "while one waits for the other"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("when", ["while they import", "while one waits for the other"])
 def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
     when: str, start: Callable[..., Any], wait_for: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ CNN = [
 # --- computed again --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_blocks_that_are_computed_again_change_no_bit(
     npz: Path, ranks: Callable[..., list[Finished]], here: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -223,6 +223,7 @@ def test_when_no_restart_is_left_the_run_has_failed(
     assert read_status(tmp_path / "runs/run")["state"] == "failed"
 
 
+@pytest.mark.long
 def test_ranks_whose_launcher_is_killed_save_and_end(
     begin: Callable[..., Process], under_way: Callable[..., Process], small: list[str], tmp_path: Path
 ) -> None:

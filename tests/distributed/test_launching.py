@@ -53,10 +53,8 @@ def _launchers() -> dict[str, tuple[int, list[Any]]]:
     }
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [name if name == "torchrun" else pytest.param(name, marks=pytest.mark.long) for name in _launchers()],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", _launchers())
 def test_each_launcher_runs_the_same_job(
     launcher: str, tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
 ) -> None:
@@ -118,13 +116,8 @@ def test_srun_starts_ranks_without_any_launcher(
     assert equal(expected[2], last(tmp_path, "quickstart")["model"])
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--cpu", "--num_processes", "2"],
-        pytest.param(["--config_file", "multi_cpu.yaml"], marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--config_file", "multi_cpu.yaml"]])
 def test_fewer_processes_than_asked_for_is_an_error(
     flags: list[str], tmp_path: Path, run: Callable[..., Finished]
 ) -> None:

@@ -152,6 +152,7 @@ def test_shards_of_all_ranks_are_added_up_in_the_order_of_ranks(tmp_path: Path, 
     assert on_ranks(world_size, _add_up, cwd=tmp_path) == [0] * world_size
 
 
+@pytest.mark.long
 def test_a_run_of_other_weights_with_frozen_layers_has_the_same_bits_however_it_is_spread(
     tmp_path: Path,
 ) -> None:
