@@ -31,7 +31,9 @@ def rank(folder: Path, code: str) -> str:
 def test_each_rank_has_its_own_number_and_each_attempt_its_own_port(slurm: Cluster, tmp_path: Path) -> None:
     """Also where sbatch hands on no environment, and threads come from --cpus-per-task."""
     (tmp_path / "tells.py").write_text(TELLS)
-    tells = f'{sys.executable} tells.py "$@"; exit $((${{SLURM_RESTART_COUNT:-0}} ? 0 : 75))'
+    # As ranks do: where one has ended, srun asks the others to, and they end with the same code.
+    end = "exit $((${SLURM_RESTART_COUNT:-0} ? 0 : 75))"
+    tells = f'trap "{end}" TERM; {sys.executable} tells.py "$@"; {end}'
     jobs = Jobs(slurm, tmp_path, rank(tmp_path, tells), "unset OMP_NUM_THREADS")
     job = jobs.submit(
         "--job-name=ranks", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--export=NONE",

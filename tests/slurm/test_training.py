@@ -243,6 +243,9 @@ def test_ranks_that_would_train_alone_are_refused(slurm: Cluster, tmp_path: Path
     }
     for name, job in submitted.items():
         info = slurm.wait(job, "FAILED")
-        assert (info["Restarts"], info["ExitCode"]) == ("0", "2:0"), jobs.said(name)
-        assert jobs.said(name).count(wrong[name]) == 1, jobs.said(name)
+        # A rank that srun ends because another has failed may still be starting, and then says 75, which is
+        # more than 2: the job is tried once more.
+        restarts = int(info["Restarts"])
+        assert restarts <= 1 and info["ExitCode"] == "2:0", jobs.said(name)
+        assert 1 <= jobs.said(name).count(wrong[name]) <= 1 + restarts, jobs.said(name)
         assert not (tmp_path / "runs").exists()
