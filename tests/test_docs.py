@@ -1,7 +1,8 @@
 """The documentation is true: every command and Python block in it runs as printed, no link is dead.
 
-The blocks of a page run in their order, in a copy of the tree in which Fashion-MNIST is the shipped sample
-and recipes are one epoch long. Python blocks of a page share one session. What a page says to the test:
+The blocks of a page run in their order, in a copy of the tree in which Fashion-MNIST is the shipped sample,
+recipes are one epoch long, and outfits for segmentation are few. Python blocks of a page share one session.
+What a page says to the test:
 
 - A block whose first line is a comment with a file's name, as `# my_model.py`, is written to that file.
 - `<!-- needs: ... -->` before a block that can't run here: its syntax, files and keys are checked.
@@ -168,6 +169,10 @@ def make_tree(parent: Path, server: str) -> Path:
     text = source.read_text()
     assert text.count('DEBIAN = Path("/usr/share/datasets/fashion-mnist")') == 1
     source.write_text(text.replace('Path("/usr/share/datasets/fashion-mnist")', "ASSETS"))
+    masks = top / "examples/write_masks.py"
+    text = masks.read_text()
+    assert text.count('("train", 600), ("val", 150)') == 1
+    masks.write_text(text.replace('("train", 600), ("val", 150)', '("train", 336), ("val", 32)'))
     for recipe in (top / "configs").rglob("*.yaml"):
         recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
     programs = top / ".venv/bin"
