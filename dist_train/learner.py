@@ -22,7 +22,7 @@ from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
 from dist_train.meters import Best, stop_when
 from dist_train.models import batchnorm
-from dist_train.models.freeze import Frozen
+from dist_train.models.freeze import Frozen, frozen_for_good
 from dist_train.models.weights import Weights, fill
 from dist_train.optim import rates
 from dist_train.parallel import Parallel, spread
@@ -251,7 +251,12 @@ class Learner:
                 number: self.parallel.shares(values, dict.fromkeys(values, weights[number]))
                 for number, values in saved["optimizer"]["state"].items()
             }
-            before, now = saved["config"]["optim"], to_mapping(self.config)["optim"]
+            sections = saved["config"], to_mapping(self.config)
+            # The optimizer knows its weights by their numbers: it would give one the state of another.
+            old, new = (frozen_for_good(self.model, section["model"]) for section in sections)
+            if old != new:
+                raise ValueError("model.freeze leaves other weights to the optimizer now")
+            before, now = (section["optim"] for section in sections)
             optim.restore(self.optimizer, saved["optimizer"] | {"state": moments}, before, now)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = " ".join(str(error).split())

@@ -153,7 +153,8 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     notes: list[str] = []
     config, job, task = _prepare(config, ranks, given, kept)
     with ranks.together():
-        first = weights.first(config) if ranks.is_main else None
+        begun = checkpoint.newest_first(config.run_dir / "checkpoints")  # nothing but these is read then
+        first = weights.first(config) if ranks.is_main and not begun else None
     learner = Learner(config, ranks, job.data, task, given.model, first)
     state = State(learner)
     with ranks.together():
@@ -166,7 +167,7 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     with ranks.together():
         notes += _restore(config, start, state, kept, given.allow_changes)
         if start:
-            _check_length(config, start, learner.step, job.total)
+            _check_length(job, start, state)
         # Refuses a batch that can't be cut so, before anything is touched.
         part_size(config.train.batch_size, learner.parts, ranks.world_size, config.train.accumulate)
     bad = unreadable(states.to_dict(config, state, job.data))
@@ -304,8 +305,9 @@ def _saver(config: Config, ranks: Runtime, record: Record) -> checkpoint.Checkpo
     return ShardedCheckpoints(run, keep, record.warn, ranks, config.timeout_seconds)
 
 
-def _check_length(config: Config, start: Path, step: int, total: int) -> None:
-    """Raises UserError where there is nothing to train after `start`, the state after `step` steps."""
+def _check_length(job: Job, start: Path, state: State) -> None:
+    """Raises UserError where there is nothing to train after `start`, whose state that is."""
+    config, step, total = job.config, state.step, job.total
     is_own = start.parent.resolve() == (config.run_dir / "checkpoints").resolve()
     more = f"give more than {step:,} steps by train.steps, or more train.epochs"
     if is_own and step > total:
@@ -317,6 +319,11 @@ def _check_length(config: Config, start: Path, step: int, total: int) -> None:
         raise UserError(
             f"resume: {start} is the state of another run after step {step:,}, and this configuration ends"
             f" at step {total:,}; to go on from it, {more}."
+        )
+    if not is_own and (why := job.stopped(state)):
+        raise UserError(
+            f"resume: {start} is the state of another run, which train.stop_when ends there ({why}); give"
+            " another rule, or begin with its weights alone by model.init."
         )
 
 

@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_train import checkpoint, fit, load, models
+from dist_train import checkpoint, fit, load, models, runtime
 from dist_train.config import Config, UserError, from_mapping
 from dist_train.data import eval_transform
 from dist_train.models import pretrained, weights
 from dist_train.models.freeze import Frozen, frozen
 from dist_train.predict import evaluate_run
+from dist_train.tools.dryrun import DryRun
 from dist_train.tools.replay import replay
 from tests.worlds import SMALL, pictures, write_npz
 
@@ -113,6 +114,17 @@ def test_frozen_weights_and_their_averages_stay_as_they_are_and_all_others_move(
     assert len(end["optimizer"]["state"]) == 2
 
 
+@pytest.mark.parametrize("words", [["--allow-changes"], ["run.name=other", "resume=runs/run"]])
+def test_state_of_the_optimizer_is_not_given_to_other_weights(
+    words: list[str], here: Callable[..., Any], small: list[str]
+) -> None:
+    mlp = [*small, "model.name=mlp", "model.args={hidden: [4, 4]}", "optim.args.momentum=0.9"]
+    here(*mlp, "train.steps=1", "model.freeze=['1']")
+    with pytest.raises(UserError, match=r"model.freeze leaves other weights to the optimizer now"):
+        changed = [*mlp, "train.steps=2", "model.freeze=['5']", *(w for w in words if "=" in w)]
+        fit(load([], changed), allow_changes="--allow-changes" in words)
+
+
 def test_weights_are_frozen_up_to_a_step_and_trained_from_there_on(
     here: Callable[..., Any], small: list[str], tmp_path: Path
 ) -> None:
@@ -198,6 +210,27 @@ def test_weights_are_read_from_files_of_all_kinds(
         ]
         file.unlink()
         assert weights.first(config_of(run={"name": "other"}, model={"init": place}))
+
+
+def test_weights_cut_off_anywhere_are_told(before: Path, tmp_path: Path) -> None:
+    whole = (before / "checkpoints/best.pt").read_bytes()
+    for share in (3, 2, 1.01):
+        (tmp_path / "cut.pt").write_bytes(whole[: int(len(whole) / share)])
+        with pytest.raises(UserError, match=r"model.init: .*cut.pt: .*damaged"):
+            weights.first(config_of(run={"name": "other"}, model={"init": str(tmp_path / "cut.pt")}))
+
+
+def test_a_dry_run_begins_with_the_first_weights_also_where_the_run_is_there(
+    here: Callable[..., Any], small: list[str], before: Path
+) -> None:
+    words = [*small, *CNN, *STILL, f"model.init={before}"]
+    here(*words)
+    config = load([], words)
+    ranks = runtime.start(config)
+    try:
+        assert "begins with the weights of" in DryRun(config, ranks).learner.begins
+    finally:
+        runtime.stop(ranks.accelerator)
 
 
 def test_a_head_of_another_size_is_new_and_told_by_name(

@@ -118,6 +118,16 @@ def test_a_run_that_is_stopped_by_its_rule_is_complete_says_why_and_goes_on_with
     assert equal(last(tmp_path)["history"], last(tmp_path, "straight")["history"])
 
 
+def test_another_run_that_its_rule_ends_at_once_is_told(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    words = [*small, "train.steps=9", "eval.every=3", "train.stop_when=eval/loss above 0"]
+    here(*words)
+    with pytest.raises(UserError, match=r"resume: .*which train.stop_when ends there \(eval/loss"):
+        here(*words, "run.name=other", "resume=runs/run")
+    assert not (tmp_path / "runs/other").exists()
+
+
 def assert_matches(pattern: str, text: str) -> None:
     """That the text holds the pattern."""
     assert re.search(pattern, text), text

@@ -247,7 +247,10 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             raise Damaged(f"{path}: damaged, or no safetensors file ({error}).") from None
     if path.is_dir() or zipfile.is_zipfile(path):  # older files of torch.save are none, and have no checksums
         verify(path)
-    found = load(path, verified=True) if path.is_dir() else _read(path)
+    try:
+        found = load(path, verified=True) if path.is_dir() else _read(path)
+    except OSError as error:  # of a file that is cut off, torch reads where nothing is
+        raise Damaged(f"{path}: damaged, or it can't be read ({error.strerror}).") from None
     if isinstance(found, dict) and "format" in found:
         found = load(path, verified=True)
         return dict(found["average"] or found["model"])

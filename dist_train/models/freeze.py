@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -74,6 +75,13 @@ def frozen(model: nn.Module, patterns: Sequence[str]) -> set[str]:
             f" as by '!{weights[-1].rpartition('.')[0] or weights[-1]}'."
         )
     return found
+
+
+def frozen_for_good(model: nn.Module, section: Mapping[str, Any]) -> set[str]:
+    """The weights that a recorded section `model` leaves out of the optimizer."""
+    if section.get("freeze_until") is not None:
+        return set()
+    return {name for name, _ in model.named_parameters() if _is_named(name, section.get("freeze", []))}
 
 
 def _is_named(name: str, patterns: Sequence[str]) -> bool:

@@ -28,12 +28,12 @@ class Weights(NamedTuple):
 
 
 def first(config: Config) -> Weights | None:
-    """What `model.init` names, or the run's own copy of it; None for a run that goes on from a checkpoint.
+    """What `model.init` names, or the run's own copy of it, if it names anything.
 
     Raises UserError, naming the key, for what is not there or holds no weights.
     """
     place, shown = config.model.init, _shown(config)
-    if not place or checkpoint.newest_first(config.run_dir / "checkpoints"):
+    if not place:
         return None
     copy = config.run_dir / COPY
     if copy.exists() and _origin(copy) == shown:
