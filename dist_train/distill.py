@@ -43,6 +43,11 @@ class Distilled(Classification):
         values = each_loss(self.own, outputs, batch.targets, batch.rows)
         with torch.no_grad():
             taught = self.teacher(batch.inputs)
+        if outputs.shape != taught.shape:
+            raise UserError(
+                f"task.teacher: it gives {taught.shape[1]} scores for an image, the model {outputs.shape[1]};"
+                " both must have as many."
+            )
         student, teacher = (x.float().div(self.temperature).log_softmax(1) for x in (outputs, taught))
         each = nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
         each = each * self.temperature**2

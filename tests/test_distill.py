@@ -110,6 +110,20 @@ def test_a_teacher_that_does_not_fit_is_told_before_the_first_step(
         here(*STUDENT, *words)
 
 
+def test_a_teacher_with_spare_outputs_is_told(npz: Path, here: Callable[..., Any]) -> None:
+    here(*TEACHER, "train.steps=1", "model.name=tests.test_distill:Spare", "model.args={}")
+    words = [word for word in STUDENT if not word.startswith("model.")]
+    with pytest.raises(UserError, match=r"task.teacher: it gives 5 scores for an image, the model 3"):
+        here(*words, "model.name=tests.test_distill:Spare", "model.args={spare: 0}")
+
+
+class Spare(torch.nn.Sequential):
+    """A model of three classes, with outputs that mean nothing."""
+
+    def __init__(self, spare: int = 2) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 3 + spare))
+
+
 class Other:
     """A task of its own."""
 
