@@ -25,8 +25,8 @@ Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 def is_exported(place: str | Path) -> bool:
-    """Whether this is the name of an exported file."""
-    return Path(place).suffix in SUFFIXES.values()
+    """Whether this is the name of an exported file; a run's folder may be called as one."""
+    return Path(place).suffix in SUFFIXES.values() and not Path(place).is_dir()
 
 
 def read(path: Path) -> dict[str, Any]:

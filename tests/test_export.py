@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_train import __version__, checkpoint
+from dist_train import __version__, checkpoint, exported
 from dist_train.config import RunError, UserError
 from dist_train.data.fashion_mnist import ASSETS
 from dist_train.exported import SUFFIXES
@@ -128,6 +128,11 @@ def test_a_language_model_goes_on_with_a_prompt_of_any_length_as_an_exported_pro
     text = continue_prompt("runs/run", "All", length=20, temperature=0)
     assert export("runs/run", "onnx").input == "int64 [B, T <= 16]"
     assert continue_prompt("run.onnx", "All", 20, temperature=0) == text
+
+
+def test_a_run_may_be_called_as_a_file_is(tmp_path: Path) -> None:
+    (tmp_path / "tuned.onnx").mkdir()
+    assert not exported.is_exported(tmp_path / "tuned.onnx") and exported.is_exported("other.onnx")
 
 
 def test_a_file_is_refused_that_computes_something_else_and_none_is_left(
