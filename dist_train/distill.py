@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from dist_train import checkpoint
-from dist_train.config import Config, UserError, completed, to_mapping
+from dist_train.config import Config, UserError, completed, from_file, to_mapping
 from dist_train.data import Batch, Data
-from dist_train.predict import load_model
 from dist_train.runtime import Runtime
 from dist_train.tasks import Classification, Task, is_classification
 from dist_train.tasks.base import Losses, each_loss
+from dist_train.trained import trained
 
 SEEN = ("mean", "std", "eval_transform", "cache_size")  # of `data`: how images become what a model sees
 
@@ -71,8 +71,11 @@ def taught(config: Config, task: Task, ranks: Runtime, data: Data) -> tuple[Task
             f"task.teacher_weight: a share of the loss, from 0 to 1, not {wanted.teacher_weight:g}."
         )
     path = checkpoint.find(place)
-    named = completed(checkpoint.load(path, verified=True)["config"])["model"]["name"]
-    teacher, saved = load_model(path, trust=":" in named and named == config.model.name)
+    saved = checkpoint.load(path, verified=True)
+    named = completed(saved["config"])["model"]["name"]
+    vouched = [f"model.name={named}"] if named == config.model.name else []
+    known = from_file(saved["config"], path, vouched, needed=["model."])
+    teacher = trained(path, saved, known, None, trust=False)
     _check(config, data, saved, str(path))
     teacher.requires_grad_(False).to(ranks.device)
     if config.channels_last:
@@ -108,6 +111,8 @@ def _checksum(model: nn.Module) -> str:
     """SHA-256 of a model's weights and buffers, with their names."""
     sha = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):  # what get_extra_state gives
+            continue
         sha.update(name.encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -171,7 +171,7 @@ def teacher_of(state: State) -> str | None:
 
 def check_teacher(saved: dict[str, Any], state: State, where: str) -> None:
     """Raises UserError if a run would go on with another teacher, or with none."""
-    before, now = ((value or "none")[:8] for value in (saved.get("teacher"), teacher_of(state)))
+    before, now = (str(value or "none")[:8] for value in (saved.get("teacher"), teacher_of(state)))
     if before != now:
         raise UserError(
             f"task.teacher: up to {where} the run was taught by another model (weights {before}, now {now});"

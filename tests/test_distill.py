@@ -87,6 +87,29 @@ def test_a_run_goes_on_with_its_own_teacher_only(npz: Path, here: Callable[..., 
         here(*more, "train.steps=8", "task.teacher=runs/other")
     with pytest.raises(UserError, match=r"\(weights [0-9a-f]{8}, now none\)"):
         here(*more, "train.steps=8", "task.teacher=null")
+    strange = tmp_path / "runs/run/checkpoints/step-00000006.pt"
+    torch.save({**torch.load(strange, weights_only=True), "teacher": 7}, strange)
+    with pytest.raises(UserError, match=r"taught by another model \(weights 7, now [0-9a-f]{8}\)"):
+        here(*more, "train.steps=8")
+
+
+class Remembering(torch.nn.Sequential):
+    """A model whose state_dict holds something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"seen": 1}
+
+
+def test_a_teacher_may_keep_more_than_tensors(npz: Path, here: Callable[..., Any]) -> None:
+    own = ["model.name=tests.test_distill:Remembering", "model.args={}"]
+    here(*TEACHER, "train.steps=1", *own)
+    assert here(*STUDENT, "train.steps=1", *own).step == 1
 
 
 @pytest.mark.parametrize(

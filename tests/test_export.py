@@ -21,6 +21,7 @@ from dist_train.config import RunError, UserError
 from dist_train.data.fashion_mnist import ASSETS
 from dist_train.exported import SUFFIXES
 from dist_train.predict import evaluate_run, load_model, predict
+from dist_train.tools import export as exporting
 from dist_train.tools.export import export
 from dist_train.tools.generate import continue_prompt
 from tests.processes import Finished
@@ -133,6 +134,29 @@ def test_a_language_model_goes_on_with_a_prompt_of_any_length_as_an_exported_pro
 def test_a_run_may_be_called_as_a_file_is(tmp_path: Path) -> None:
     (tmp_path / "tuned.onnx").mkdir()
     assert not exported.is_exported(tmp_path / "tuned.onnx") and exported.is_exported("other.onnx")
+
+
+def test_a_file_that_comes_while_another_is_written_is_not_overwritten(
+    here: Callable[..., Any], npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(*SMALL)
+    plain = exporting.WRITERS["safetensors"]
+
+    def slow(model: Any, example: Any, path: Path, notes: dict[str, str]) -> None:
+        plain(model, example, path, notes)
+        Path("run.safetensors").write_text("another")
+
+    monkeypatch.setitem(exporting.WRITERS, "safetensors", slow)
+    with pytest.raises(UserError, match=r"run.safetensors exists already"):
+        export("runs/run", "safetensors")
+    assert Path("run.safetensors").read_text() == "another"
+    assert [path.name for path in Path().glob("*safetensors")] == ["run.safetensors"]
+    Path("run.safetensors").unlink()
+    monkeypatch.setitem(exporting.WRITERS, "safetensors", plain)
+    Path("run.safetensors").symlink_to("elsewhere")
+    with pytest.raises(UserError, match=r"run.safetensors exists already"):
+        export("runs/run", "safetensors")
+    assert not Path("elsewhere").exists()
 
 
 def test_a_file_is_refused_that_computes_something_else_and_none_is_left(

@@ -136,6 +136,29 @@ def test_who_trusts_a_file_gets_what_it_names(command: str, world: Path) -> None
         evaluate_run(RUN, ["model.name=mine_too:net"])
 
 
+def test_who_names_what_a_file_names_does_not_vouch_for_its_arguments(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by `eval RUN model.name=...` nor as the student of such a teacher."""
+    monkeypatch.setenv("SECRET", "told")
+    monkeypatch.syspath_prepend(world)
+    (world / "mine_too.py").write_text(
+        "from dist_train.models import mlp\n"
+        "def net(input_shape, num_classes, says=''):\n"
+        "    assert says != 'told'\n    return mlp(input_shape, num_classes, [4])\n"
+    )
+    rewrite({"model.name": "mine_too:net", "model.args": {"says": "${oc.env:SECRET}"}})
+    told = r"'model.args.says' is .*nothing is looked up"
+    with pytest.raises(UserError, match=told):
+        evaluate_run(RUN, ["model.name=mine_too:net"])
+    student = [*SMALL, "run.name=student", "model.name=mine_too:net", f"task.teacher={RUN}", "train.steps=1"]
+    with pytest.raises(UserError, match=told):
+        fit(load([], [*student, "model.args={}"]))
+    rewrite({"model.args": {}})
+    evaluate_run(RUN, ["model.name=mine_too:net", "model.args.says=mine"])
+    assert fit(load([], [*student, "model.args={}"])).step == 1
+
+
 def test_the_commands_take_trust_and_tell_a_refusal_in_one_sentence(world: Path) -> None:
     rewrite({"model.name": "hostile:Net"})
     results = one_after_the_other(

@@ -54,8 +54,8 @@ def from_file(
     Raises UserError for a name that is not ours, torch's, torchvision's or timm's, for what is to be taken
     from the environment, and for sizes without sense.
     """
-    given = tuple(word.removeprefix("~").partition("=")[0] for word in overrides)
     values = only(values, needed)
+    given = _given(values, overrides)
     try:
         written = list(texts(values))
     except RecursionError:
@@ -100,11 +100,22 @@ def only(values: Mapping[str, Any], needed: Sequence[str]) -> dict[str, Any]:
     return kept
 
 
+def _given(values: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """The full keys that the user sets, all arguments among them of an object other than the file's."""
+    given = []
+    for word in overrides:
+        key, _, text = word.removeprefix("~").partition("=")
+        given.append(key)
+        section, _, name = key.partition(".")
+        held = values.get(section)
+        named = held.get("name") if isinstance(held, Mapping) else None
+        if name == "name" and text.strip("'\"") != named:  # who names the same vouches for the name alone
+            given.append(f"{section}.args")
+    return given
+
+
 def _is_given(key: str, given: Sequence[str]) -> bool:
-    """Whether the user has set a full key, or what it belongs to, or replaced its object by another one."""
-    section, _, rest = key.partition(".")
-    if rest.startswith("args") and f"{section}.name" in given:
-        return True
+    """Whether the user has set a full key, or what it belongs to."""
     return any(key == other or key.startswith((f"{other}.", f"{other}[")) for other in given)
 
 

@@ -134,8 +134,10 @@ def export(
                 f"{target} is not written: on samples of the eval set its outputs are off by"
                 f" {difference:.2g}, more than the {MOST:g} of rounding; give another --to."
             )
-        part.rename(target)
+        _name(part, target)
         sync_folder(target.absolute().parent)
+    except FileExistsError:
+        raise _exists(target) from None
     except OSError as error:
         raise UserError(f"--out: {target} can't be written: {error.strerror}.") from None
     finally:
@@ -156,10 +158,24 @@ def _target(place: str | Path, kind: str, out: Path | None) -> Path:
     if out.suffix != SUFFIXES[kind]:
         raise UserError(f"--out: a file of {kind} ends with {SUFFIXES[kind]}, not '{out.suffix}'.")
     if out.exists():
-        raise UserError(f"--out: {out} exists already; give the name of a new file.")
+        raise _exists(out)
     if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
         raise UserError(f"--out: {out} can't be written: {out.absolute().parent} is no folder to write to.")
     return out
+
+
+def _exists(out: Path) -> UserError:
+    return UserError(f"--out: {out} exists already; give the name of a new file.")
+
+
+def _name(part: Path, target: Path) -> None:
+    """Gives a file its name. Raises FileExistsError if that has come to be another's meanwhile."""
+    try:
+        os.link(part, target)  # unlike a rename it takes no other file's place
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        part.rename(target)
 
 
 def _samples(config: Config, saved: dict[str, Any], given: Given) -> tuple[torch.Tensor, bool]:
