@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 import pytest
 
 from tests import warm
+from tests.browser import Browser
+from tests.browser import missing as browser_missing
 from tests.processes import (
     Finished,
     environment,
@@ -243,6 +245,20 @@ def csv_data(tmp_path: Path) -> Path:
 def files() -> Callable[[Path], dict[str, tuple[int, int]]]:
     """The function `listing`."""
     return listing
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, for the whole session."""
+    if lacking := browser_missing():
+        what = f"a page is looked at by {' and '.join(lacking)} (Debian: chromium, chromium-driver)"
+        pytest.fail(what) if os.environ.get("CI") else pytest.skip(what)
+    running = Browser(tmp_path_factory.mktemp("browser"))
+    yield running
+    running.close()
 
 
 # --- SLURM ---------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ LAYERS = """
     nested rows fetch
     runtime
     tree
-    record console
+    record console pages
     cluster
     parts seeds
     config importing
