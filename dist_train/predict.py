@@ -10,6 +10,8 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,30 @@ def write_text(text: str, output: Path | None) -> None:
     write_output(output, text.encode())
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A trained model and its eval set, ready to be measured; on each rank."""
+
+    path: Path  # the checkpoint or the exported file
+    saved: dict[str, Any]  # its contents
+    config: Config
+    ranks: runtime.Runtime
+    sets: data.Data
+    task: tasks.Task
+    model: nn.Module
+
+    def measure(self, task: tasks.Task) -> dict[str, float]:
+        """What `task` reports of the whole eval set."""
+        config, ranks, parts = self.config, self.ranks, self.saved["parts"]
+        parts = parts if config.train.batch_size % parts == 0 else None  # as in the run
+        batches = self.sets.eval_loader(config, ranks, parts)
+        moved = (batch.to(ranks.device, config.channels_last) for batch in batches)
+        metrics, unread = evaluate(self.model, moved, task, ranks)
+        for _, reason in unread if ranks.is_main else ():
+            print(f"left out: {printable(reason)}", file=sys.stderr)
+        return metrics
+
+
 def evaluate_run(
     place: str | Path,
     overrides: Sequence[str] = (),
@@ -169,13 +195,23 @@ def evaluate_run(
             the training set only where data.eval_fraction holds out a part of it.
         trust: whether the file may name any object, as `overrides` may.
     """
+    given = {"model": model, "train_data": train_data, "eval_data": eval_data, "task": task}
+    with evaluation(place, overrides, trust, **given) as ready:
+        return ready.measure(ready.task)
+
+
+@contextmanager
+def evaluation(
+    place: str | Path, overrides: Sequence[str] = (), trust: bool = False, **objects: Any
+) -> Iterator[Evaluation]:
+    """What `evaluate_run` measures, on all the processes there are; the arguments are as there."""
+    model, task, eval_data = (objects.get(name) for name in ("model", "task", "eval_data"))
+    train_data = objects.get("train_data") if eval_data is None else eval_data
     warnings: list[str] = []
     path, saved = contents(place, warnings.append)
-    given = {"model": model, "task": task, "data": eval_data}
-    config = evaluated(path, saved, overrides, given, trust)
-    config = with_given(
-        config, model=model, data=train_data if eval_data is None else eval_data, task=task
-    )  # what a task of one's own takes for a target is not known
+    config = evaluated(path, saved, overrides, {"model": model, "task": task, "data": eval_data}, trust)
+    # What a task of one's own takes for a target is not known.
+    config = with_given(config, model=model, data=train_data, task=task)
     ranks = runtime.start(config)
     try:
         for note in warnings if ranks.is_main else ():
@@ -183,7 +219,7 @@ def evaluate_run(
         with ranks.together():
             model = trained(path, saved, config, model, trust)
             with ranks.main_of_node_first():
-                found = data.opened(config, train_data if eval_data is None else eval_data, eval_data)
+                found = data.opened(config, train_data, eval_data)
             sets = data.build(config, *found)
             check_classes(sets, saved)
             task = tasks.build(config) if task is None else tasks.complete(task)
@@ -194,13 +230,7 @@ def evaluate_run(
             if not isinstance(model, exported.Program):  # it has no gradient that a task could be tried on
                 tasks.check(task, model, batch, outputs, len(sets.classes))
         model = ranks.accelerator.prepare_model(model.to(ranks.device), evaluation_mode=True)
-        parts = saved["parts"] if config.train.batch_size % saved["parts"] == 0 else None  # as in the run
-        batches = sets.eval_loader(config, ranks, parts)
-        moved = (batch.to(ranks.device, config.channels_last) for batch in batches)
-        metrics, unread = evaluate(model, moved, task, ranks)
-        for _, reason in unread if ranks.is_main else ():
-            print(f"left out: {printable(reason)}", file=sys.stderr)
-        return metrics
+        yield Evaluation(path, saved, config, ranks, sets, task, model)
     finally:
         runtime.stop(ranks.accelerator)
 

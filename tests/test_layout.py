@@ -26,7 +26,7 @@ LAYERS = """
     learner
     fsdp
     parallel
-    evaluate meters
+    evaluate meters outcomes
     tasks
     data
     guard

@@ -84,16 +84,31 @@ def _tell_end(result: Result) -> None:
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run's folder, a checkpoint or an exported file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write predictions, classes and confusions to RUN/evaluations.")
+    ] = False,
+    by: Annotated[str, typer.Option(help="Measure by the values of this column of the CSV file, too.")] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --save wrote before of the same evaluation.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Measure a run's best checkpoint on the whole eval set, exactly, on any number of processes."""
     with importing():
         from dist_train.predict import evaluate_run
 
-    metrics = evaluate_run(run, overrides or [], trust=trust)
+    if save or by:
+        from dist_train.tools import evaluation
+
+        done = evaluation.evaluate(run, overrides or [], save=save, by=by, overwrite=overwrite, trust=trust)
+        metrics = done.metrics
+    else:
+        metrics = evaluate_run(run, overrides or [], trust=trust)
     if is_main():
         for name, value in metrics.items():
             print(f"{printable(name)} {value:.6g}")
+        for line in evaluation.told(done) if save or by else ():
+            print(line)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dist_train.config import UserError, nearest
 from dist_train.data.images import ImageFiles, near_path
@@ -70,6 +70,30 @@ def csv(
                 )
             raise UserError(f"{file}: line {row.line}: there is no image {path}{near_path(path)}{hint}.")
     return ImageFiles(paths, labels, names, channels)
+
+
+def column(name: str, root: str | None, train: bool, args: Mapping[str, Any]) -> list[str]:
+    """What each row has in another column, in the order of the samples.
+
+    Args:
+        name: the column's name in the first row, or its number from 0.
+        root, train, args: as for `csv`; an eval set without a file of its own is a part of the training file.
+
+    Raises UserError if there is no such column.
+    """
+    listed = None if train else args.get("eval_annotations_file")
+    folders = (args.get("eval_img_dir") if listed else None, args.get("img_dir", ""))
+    base, delimiter = Path(root or ""), args.get("delimiter")
+    file = base / str(listed or args["annotations_file"])
+    folder = base / next(item for item in folders if item is not None)
+    columns = (args.get("image_column", 0), args.get("label_column", 1))
+    rows, lines = _rows(file, folder, *columns, delimiter), dict(_cells(file, delimiter))
+    names = [cell.strip() for cell in next(iter(lines.values()))]
+    if name not in names and not name.isdecimal():
+        near = nearest(name, names) or f"; its first row has {', '.join(names)}"
+        raise UserError(f"--by: {file} has no column '{name}'{near}.")
+    place = names.index(name) if name in names else int(name)
+    return [lines[row.line][place].strip() if place < len(lines[row.line]) else "" for row in rows]
 
 
 def _rows(

@@ -83,7 +83,9 @@ class Samples(Dataset[Any]):
 
     def batch(self, part: Part) -> Batch:
         """A micro-batch, fetched sample by sample."""
-        samples, bad = self.samples(part)
+        samples, bad, read = self.samples(part)
+        if self.on_bad == "leave out":
+            part = part._replace(indices=part.indices[read])
         filled = samples or [self.readable(0, part.epoch)]
         inputs = self.inputs([one for one, _ in filled])
         targets = None
@@ -127,8 +129,8 @@ class Samples(Dataset[Any]):
             )
         return tuple(stacked) if type(values[0]) is tuple else stacked
 
-    def samples(self, part: Part) -> tuple[list[tuple[Any, Any]], list[tuple[str, str]]]:
-        """The samples of a micro-batch, and those that can't be read, with the reason.
+    def samples(self, part: Part) -> tuple[list[tuple[Any, Any]], list[tuple[str, str]], np.ndarray]:
+        """The samples of a micro-batch, those that can't be read, with the reason, and which can, `[B]`.
 
         A bad one is replaced by the next one of the data set that can be read, or left out. Raises
         UserError where neither is wanted.
@@ -136,17 +138,19 @@ class Samples(Dataset[Any]):
         rows = self.drawn(part.epoch, part.indices) if self.is_keyed else [None] * len(part.indices)
         samples: list[tuple[Any, Any]] = []
         bad: list[tuple[str, str]] = []
-        for index, drawn in zip(part.indices.tolist(), rows, strict=True):
+        read = np.ones(len(rows), dtype=bool)
+        for place, (index, drawn) in enumerate(zip(part.indices.tolist(), rows, strict=True)):
             try:
                 samples.append(self.prepared(index, part.epoch, drawn))
             except UNREADABLE as error:
                 if self.on_bad == "stop":
                     raise
+                read[place] = False
                 bad.append(self.unread(index, error))
                 if self.on_bad == "replace":
                     after = index + getattr(error, "lost", 1)
                     samples.append(self.readable(after, part.epoch, bad))
-        return samples, bad
+        return samples, bad, read
 
     def readable(self, index: int, epoch: int, bad: list[tuple[str, str]] | None = None) -> tuple[Any, Any]:
         """The first sample from `index` on that can be read; those before it are added to `bad`.

@@ -1,4 +1,4 @@
-"""A PNG with a grid of images, each under its title."""
+"""PNG files: a grid of images, each under its title, and a confusion matrix."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from dist_train.checkpoint.files import write_output
 from dist_train.config import UserError
 
 Cell = tuple[torch.Tensor, str]  # an image [C, H, W] and its title
+MOST_NAMES, MOST_NUMBERS = 100, 30  # classes of a confusion matrix that still have room
 
 
 def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
@@ -35,6 +38,38 @@ def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
         for axis, image, (_, title) in zip(line, _visible(pictures), pictures, strict=False):
             axis.imshow(image.numpy(), cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
             axis.set_title(title, fontsize=8, parse_math=False)
+    _save(figure, output)
+
+
+def write_confusion(counts: np.ndarray, names: Sequence[str], output: Path) -> None:
+    """Draws how many samples of each class (row) are said to be of each (column), `[K, K]`.
+
+    The darker a cell, the greater the share of its row; of up to 30 classes the numbers are written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    classes, shares = len(names), counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(16, max(4, 0.45 * classes + 1.5))
+    figure, axis = plt.subplots(figsize=(size, size), layout="constrained")
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xlabel("said to be")
+    axis.set_ylabel("class")
+    if classes <= MOST_NAMES:
+        axis.set_xticks(range(classes), names, rotation=90, fontsize=8, parse_math=False)
+        axis.set_yticks(range(classes), names, fontsize=8, parse_math=False)
+    for row, column in np.argwhere(counts) if classes <= MOST_NUMBERS else ():
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=color)
+    _save(figure, output)
+
+
+def _save(figure: Any, output: Path) -> None:
+    """Writes a figure of matplotlib as PNG."""
+    import matplotlib.pyplot as plt
+
     drawn = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a title in other letters than the font's
