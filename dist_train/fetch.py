@@ -127,8 +127,10 @@ def fetch(request: Request) -> None:
         return
     part = target.with_suffix(".part")
     with _locked(target.parent):
+        if target.exists():  # another one was quicker
+            return
         file = os.open(part, os.O_RDWR | os.O_CREAT, 0o600)
-        if target.exists() or not _lock(file):  # another one was quicker
+        if not _lock(file):  # another one is at it
             os.close(file)
             return
     try:
@@ -139,9 +141,11 @@ def fetch(request: Request) -> None:
             size = int(_tried(lambda: _client().head(store, request.name), deadline)["size"])
         _reserve(file, size, request, deadline)
         _copy(request, store, file, size, deadline)
-        os.rename(part, target)
+        with _locked(target.parent):  # else who adds up the folder could find it under neither name
+            os.rename(part, target)
     except BaseException:
-        part.unlink(missing_ok=True)
+        with _locked(target.parent):  # else another one could take the lock of a file without a name
+            part.unlink(missing_ok=True)
         raise
     finally:
         os.close(file)  # and with it the lock
@@ -149,7 +153,7 @@ def fetch(request: Request) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time looks through the folder."""
+    """Only one process at a time looks through the folder, or changes what it would find."""
     with (folder / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -79,13 +80,16 @@ def contents(source: Shards) -> list[tuple[bytes, int]]:
 
 
 def kept(folder: Path) -> int:
-    """Bytes in a folder for objects, also of those that are on their way."""
+    """Bytes in a folder for objects, also of those that are on their way.
+
+    It is looked through under its lock: else a file may be deleted and another one take its room between the
+    looks at the one and at the other, and both would be counted.
+    """
     total = 0
-    for item in folder.iterdir():
-        try:
-            total += item.stat().st_size * (item.name != "lock")
-        except FileNotFoundError:
-            continue
+    with fetch._locked(folder):
+        for item in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a note of a failure, a copy that was given up
+                total += item.stat().st_size * (item.name != "lock")
     return total
 
 
@@ -313,19 +317,54 @@ def test_the_process_that_copies_is_started_again_and_ends_with_the_last_that_as
     assert second.wait(10) == 0
 
 
+def wanted(folder: Path, data: bytes) -> fetch.Request:
+    """A request for an object of these bytes, to be copied from `folder`/objects to `folder`/copies."""
+    for name in ("objects", "copies"):
+        (folder / name).mkdir()
+    (folder / "objects/one.tar").write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return fetch.Request(
+        f"file://{folder}/objects", "one.tar", len(data), sha256, sha256, str(folder / "copies"),
+        10**6, 5.0, True,
+    )  # fmt: skip
+
+
 def test_a_write_that_takes_less_than_all_loses_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = os.urandom(10_000)
-    (tmp_path / "objects").mkdir()
-    (tmp_path / "copies").mkdir()
-    (tmp_path / "objects/one.tar").write_bytes(data)
+    request = wanted(tmp_path, os.urandom(10_000))
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, rest, offset: whole(file, rest[:3000], offset))
-    sha256 = hashlib.sha256(data).hexdigest()
-    request = fetch.Request(
-        f"file://{tmp_path}/objects", "one.tar", len(data), sha256, sha256, str(tmp_path / "copies"),
-        10**6, 5.0, True,
-    )  # fmt: skip
     fetch.fetch(request)
-    assert (tmp_path / "copies" / sha256).read_bytes() == data
+    copy = tmp_path / "copies" / request.entry
+    assert copy.read_bytes() == (tmp_path / "objects/one.tar").read_bytes()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_copy_gets_its_name_or_goes_while_nobody_looks_through_the_folder(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, locked = wanted(tmp_path, bytes(100)), []
+    rename, unlink = os.rename, Path.unlink
+
+    def look() -> None:
+        with (tmp_path / "copies/lock").open("w") as file:
+            locked.append(not fetch._lock(file.fileno()))
+
+    def renamed(source: Path, target: Path) -> None:
+        look()
+        if fails:
+            raise OSError("no name for it")
+        rename(source, target)
+
+    def unlinked(path: Path, missing_ok: bool = False) -> None:
+        look()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "rename", renamed)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    with pytest.raises(OSError, match="no name") if fails else contextlib.nullcontext():
+        fetch.fetch(request)
+    assert locked == [True] * (1 + fails)
+    there = {path.name for path in (tmp_path / "copies").iterdir()}
+    assert there == ({"lock"} if fails else {"lock", request.entry})
