@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import pytest
 
 from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
+from dist_train.record.history import last_rows, read_metrics, read_values
+from dist_train.tools.asked import Comparison
 from dist_train.tools.status import collect
 from tests.processes import Finished
 
@@ -159,6 +163,110 @@ def test_squeue_is_asked_once_for_all_jobs(cli: Callable[..., Finished], tmp_pat
     program.write_text("#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2\nexit 1\n")
     result = cli("status", "--json", env={"PATH": f"{program.parent}:{os.environ['PATH']}"})
     assert {row["slurm_state"] for row in json.loads(result.out)} == {None}
+
+
+@pytest.fixture
+def three(here: Callable[..., Any], small: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Three runs in runs/: their effective rows, by their names."""
+    for name, *words in (
+        ["slow", "optim.lr=0.01", "model.args.hidden=[8]"],
+        ["fast", "optim.lr=0.1", "model.args.hidden=[8]"],
+        ["wide", "optim.lr=0.1", "model.args.hidden=[16]", "on_nonfinite=skip"],
+    ):
+        here(*small, f"run.name={name}", "eval.every=4", *words)
+    return {name: read_metrics(Path("runs") / name) for name in ("slow", "fast", "wide")}
+
+
+def test_runs_are_chosen_and_sorted_by_keys_and_metrics(
+    three: dict[str, list[dict[str, Any]]], cli: Callable[..., Finished]
+) -> None:
+    losses = {
+        name: [row["eval/loss"] for row in rows if row["kind"] == "eval"] for name, rows in three.items()
+    }
+
+    def listed(*arguments: str) -> list[dict[str, str]]:
+        told = cli("status", "--csv", *arguments)
+        assert (told.rc, told.err) == (0, ""), told
+        return list(csv.DictReader(told.out.splitlines()))
+
+    rows = listed("--sort", "-eval/loss.max", "--show", "train/loss", "--show", "eval/loss.min")
+    assert [row["run"] for row in rows] == sorted(
+        [f"runs/{name}" for name in three], key=lambda run: max(losses[run[5:]]), reverse=True
+    )
+    for row in rows:
+        name = row["run"][5:]
+        assert float(row["eval/loss"]) == losses[name][-1]
+        assert float(row["eval/loss.min"]) == min(losses[name])
+        assert float(row["train/loss"]) == [r["train/loss"] for r in three[name] if r["kind"] == "train"][-1]
+        evaluated = [r["eval/accuracy"] for r in three[name] if r["kind"] == "eval"]
+        assert (row["best_metric"], float(row["best"])) == ("eval/accuracy", max(evaluated))
+        assert (row["state"], row["step"], row["attempts"]) == ("completed", "12", "1")
+
+    def chosen(*comparisons: str) -> list[str]:
+        words = [word for text in comparisons for word in ("--where", text)]
+        return [row["run"][5:] for row in listed("--sort", "run", *words)]
+
+    assert chosen("optim.lr=0.1") == ["fast", "wide"]
+    assert chosen("optim.lr=1e-1", "model.args.hidden=[8]") == ["fast"]
+    assert chosen("optim.lr<0.1") == ["slow"]
+    assert chosen("on_nonfinite!=skip", "state=completed", "step>=12") == ["fast", "slow"]
+    assert chosen(f"eval/loss<={losses['wide'][-1]}", f"eval/loss>={losses['wide'][-1]}") == ["wide"]
+    table = cli("status", "--where", "optim.lr=0.1", "--sort", "eval/loss", "--show", "best")
+    heading, _, *lines = table.out.splitlines()
+    assert heading.split()[-4:] == ["optim.lr", "eval/loss", "last", "trouble"]
+    assert [line.split()[0] for line in lines] == sorted(
+        ["runs/fast", "runs/wide"], key=lambda run: losses[run[5:]][-1]
+    )
+    assert all(line.split()[-2] == "0.1" for line in lines)
+    assert cli("status", "--where", "seed=5").out == "none of the runs is so\n"
+    asked = json.loads(cli("status", "runs/wide", "--json", "--show", "train.epochs").out)
+    assert asked[0]["asked"] == {"train.epochs": None}
+    for words, told in (
+        (["--sort", "eval/acuracy"], "no run here has 'eval/acuracy' (did you mean 'eval/accuracy'?)"),
+        (["--where", "optim.lrr=1"], "no run here has 'optim.lrr' (did you mean 'optim.lr'?)"),
+        (["--where", "optim.lr"], "--where 'optim.lr': write it as KEY=VALUE"),
+        (["--where", "state<done"], "< compares numbers, and 'done' is none"),
+        (["--csv", "--json"], "give one of --json and --csv"),
+    ):
+        mistake = cli("status", *words)
+        assert mistake.rc == 2 and told in mistake.err and mistake.err.count("\n") == 1, mistake
+
+
+@pytest.mark.parametrize(
+    "text, holds",
+    [
+        ("lr=0.1", True), ("lr==1e-1", True), ("lr != 0.1", False), ("lr>0.01", True), ("lr<=0.01", False),
+        ("name=007", True), ("name=7", True), ("name!=8", True), ("sizes=[8, 4]", True), ("on=true", True),
+        ("on<2", True), ("none=null", True), ("none=0", False), ("none<1", False), ("name<9", False),
+        ("absent=1", False), ("absent!=1", True), ("absent<1", False), ("word=two words", True),
+    ],
+)  # fmt: skip
+def test_a_comparison_holds_as_a_configuration_would_be_read(text: str, holds: bool) -> None:
+    asked = {"lr": 0.1, "name": "007", "sizes": [8, 4], "on": True, "none": None, "word": "two words"}
+    assert Comparison.parse(text).holds(asked) is holds
+
+
+def test_the_end_of_a_history_tells_what_the_whole_of_it_tells(tmp_path: Path) -> None:
+    generator = random.Random(3)
+    for _ in range(60):
+        rows, step = [], 0
+        for attempt in range(1, generator.randint(1, 4) + 1):  # each goes on from some step before
+            step = generator.randint(0, step)
+            for step in range(step + 1, step + generator.randint(1, 40)):  # noqa: B020
+                told = {"step": step, "attempt": attempt}
+                if generator.random() < 0.7:
+                    rows.append({"kind": "train", **told, "train/loss": generator.random()})
+                if generator.random() < 0.1:
+                    value = generator.random() if generator.random() < 0.8 else None
+                    rows.append({"kind": "eval", **told, "eval/loss": value})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "metrics.jsonl").write_text(text[: len(text) - generator.randint(0, 60)])
+        whole = read_metrics(tmp_path)
+        for kind, name in (("train", "train/loss"), ("eval", "eval/loss")):
+            values = [row[name] for row in whole if row["kind"] == kind]
+            ends = [row[name] for row in last_rows(tmp_path, {kind}) if row["kind"] == kind]
+            assert ends[-1:] == values[-1:]
+            assert read_values(tmp_path, name) == [value for value in values if value is not None]
 
 
 @pytest.mark.slurm

@@ -110,18 +110,36 @@ def _train_all(tasks: Sequence[Task]) -> None:
 @app.command()
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(help="Folders of runs; all under runs/.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only those; also !=, <, <=, > and >=.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="[-]KEY", help="By a key; with - from the greatest down.")
+    ] = None,
+    show: Annotated[list[str] | None, typer.Option(metavar="KEY", help="A column more.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="For tables.")] = False,
 ) -> None:
-    """Show what has become of runs: state, step, speed, SLURM job, last trouble."""
+    """Show what has become of runs: state, step, speed, trouble; chosen and sorted by keys and metrics."""
+    from dist_train.tools import asked
     from dist_train.tools import status as report
 
+    if json and csv:
+        raise UserError("status: give one of --json and --csv.")
+    comparisons = [asked.Comparison.parse(text) for text in where or []]
+    keys = [*(item.key for item in comparisons), *([sort.removeprefix("-")] if sort else []), *(show or [])]
     rows = report.collect(runs or [])
-    if json:
-        print(report.as_json(rows))
+    found = bool(rows)
+    if keys:
+        rows = asked.answer(rows, keys)
+        rows = [row for row in rows if all(item.holds(row["asked"]) for item in comparisons)]
+        rows = asked.in_order(rows, sort) if sort else rows
+    if json or csv:
+        print(report.as_json(rows) if json else report.as_csv(rows, keys), end="\n" if json else "")
     elif rows:
-        report.show(rows)
+        report.show(rows, list(dict.fromkeys(keys)))
     else:
-        print("no runs in runs/")
+        print("none of the runs is so" if found else "no runs in runs/")
 
 
 @app.command()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from typing import Any
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; what a kill cut short is left out."""
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+        yield from _parsed(path.read_bytes().split(b"\n"))
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:  # nothing, or what a kill has cut
+            continue
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -30,17 +37,81 @@ def read_attempts(folder: Path) -> list[dict[str, Any]]:
     return list(read_lines(folder / "attempts.jsonl"))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run's last attempt, as nested dicts; empty where none is recorded."""
+    for lines in _from_end(folder / "attempts.jsonl"):
+        if lines:
+            return lines[-1].get("config") or {}
+    return {}
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The effective history of a run: of each step the values of the last attempt, in the order of steps.
 
     Rows that a later attempt took back, because it went on from an earlier step, are left out.
     """
-    rows: list[dict[str, Any]] = []
-    for row in read_lines(folder / "metrics.jsonl"):
-        while rows and _takes_back(row, rows[-1]):
-            rows.pop()
-        rows.append(row)
-    return rows
+    return effective(read_lines(folder / "metrics.jsonl"))
+
+
+def effective(
+    rows: Iterable[dict[str, Any]], known: list[dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """`rows`, in the order in which they were written, without those that a later attempt took back.
+
+    Args:
+        known: what came of the rows before them; it is changed.
+    """
+    kept = [] if known is None else known
+    for row in rows:
+        while kept and _takes_back(row, kept[-1]):
+            kept.pop()
+        kept.append(row)
+    return kept
+
+
+def read_values(folder: Path, name: str) -> list[float]:
+    """The effective values of a metric, in the order of steps, without those that were not finite."""
+    try:
+        read = (folder / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return []
+    newest = [row["attempt"] for row in _parsed([read.rstrip().rpartition(b"\n")[2]])]
+    # Where none was taken back, other rows need not be parsed.
+    lines = _with(json.dumps(name).encode(), read) if newest == [1] else read.split(b"\n")
+    return [row[name] for row in effective(_parsed(lines)) if row.get(name) is not None]
+
+
+def _with(word: bytes, read: bytes) -> Iterator[bytes]:
+    """The lines that hold a word."""
+    at = read.find(word)
+    while at >= 0:
+        end = read.find(b"\n", at) + 1 or len(read)
+        yield read[read.rfind(b"\n", 0, at) + 1 : end]
+        at = read.find(word, end)
+
+
+def last_rows(folder: Path, kinds: Collection[str]) -> list[dict[str, Any]]:
+    """The last effective rows of a run, back to one of each of these kinds; reads the end of its file."""
+    kept: list[dict[str, Any]] = []
+    for lines in _from_end(folder / "metrics.jsonl"):
+        kept = effective(lines)
+        if {*kinds} <= {row["kind"] for row in kept}:
+            break
+    return kept
+
+
+def _from_end(path: Path, room: int = 1024) -> Iterator[list[dict[str, Any]]]:
+    """The JSON objects in the last `room` bytes of a file of lines, then in ever more, at last in all."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while True:
+            begin = max(0, size - room)
+            file.seek(begin)
+            lines = file.read(size - begin).split(b"\n")
+            yield list(_parsed(lines[begin > 0 :]))  # the first one may be cut
+            if not begin:
+                return
+            room *= 4
 
 
 def _takes_back(row: dict[str, Any], before: dict[str, Any]) -> bool:

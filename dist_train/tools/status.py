@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +19,13 @@ from dist_train.guard import lock
 from dist_train.record.history import read_status
 
 HEADINGS = ("run", "state", "step", "last", "best", "samples/s", "goodput", "job", "last trouble")
+RIGHT = ("step", "best", "samples/s", "goodput")
+GAP = "   "
+COLUMNS = (
+    "run", "state", "step", "total_steps", "attempts", "processes", "host", "slurm_job", "slurm_state",
+    "samples_per_second", "goodput", "lost_steps", "skipped_steps", "bad_samples", "reason", "trouble",
+    "best_metric", "best",
+)  # fmt: skip
 LEAST_TROUBLE = 20  # characters of the last column that are shown in any case
 
 
@@ -37,31 +47,45 @@ def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, An
     return [{**row, "slurm_state": jobs.get(str(row.get("slurm_job")))} for row in rows]
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Prints the table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # Piped output is not cut to the width of a terminal that isn't there.
-    width = None if sys.stdout.isatty() else 200
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in HEADINGS:
-        right = heading in ("step", "best", "samples/s", "goodput")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
-    cells = [_cells(row) for row in rows]
+def show(rows: Sequence[dict[str, Any]], keys: Sequence[str] = ()) -> None:
+    """Prints the table, with a column for each of the keys that were asked for."""
+    keys = [key for key in keys if key not in HEADINGS]
+    headings = [*HEADINGS[:-1], *keys, HEADINGS[-1]]
+    table = [headings, *(_cells(row, keys) for row in rows)]
+    right = [name in RIGHT or name in keys for name in headings]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     # The last column gets what the others leave, and is cut there: --json tells all.
-    others = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)][:-1]
-    room = max(LEAST_TROUBLE, console.width - sum(others) - 3 * len(others) - 2)
-    for *others_of_row, trouble in cells:
-        table.add_row(*others_of_row, trouble if len(trouble) <= room else f"{trouble[: room - 1]}…")
-    console.print(table)
+    # Piped output is not cut to the width of a terminal that isn't there.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
+    left = width - sum(widths[:-1]) - len(GAP) * len(widths[:-1])
+    widths[-1] = most = min(widths[-1], max(LEAST_TROUBLE, left))
+    table.insert(1, ["-" * width for width in widths])
+    for *cells, trouble in table:
+        cells.append(trouble if len(trouble) <= most else f"{trouble[: most - 1]}…")
+        columns = zip(cells, widths, right, strict=True)
+        line = GAP.join(
+            cell.rjust(width) if at_right else cell.ljust(width) for cell, width, at_right in columns
+        )
+        print(line.rstrip())
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as one JSON list."""
     return json.dumps(rows, indent=2)
+
+
+def as_csv(rows: Sequence[dict[str, Any]], keys: Sequence[str] = ()) -> str:
+    """The rows as CSV: what status.json holds in single values, the last metrics, the keys asked for."""
+    metrics = sorted({name for row in rows for name in row.get("metrics") or {}})
+    columns = [*COLUMNS, *(name for name in (*metrics, *keys) if name not in COLUMNS)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(columns)), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        best = next(iter((row.get("best") or {}).items()), ("", None))
+        named = {"best": best[1], "best_metric": best[0]}
+        writer.writerow({**row, **(row.get("metrics") or {}), **row.get("asked", {}), **named})
+    return text.getvalue()
 
 
 def _runs(path: Path) -> list[Path]:
@@ -103,7 +127,7 @@ def _has_stacks(folder: Path) -> bool:
     return False
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], keys: Sequence[str]) -> list[str]:
     step, total = row.get("step"), row.get("total_steps")
     speed, goodput = row.get("samples_per_second"), row.get("goodput")
     reason = row.get("reason") if row["state"] in ("failed", "interrupted", "completed") else ""
@@ -116,9 +140,15 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{speed:,.0f}" if isinstance(speed, (int, float)) else "-",
         f"{goodput:.1%}" if isinstance(goodput, (int, float)) else "-",
         " ".join(filter(None, [str(row.get("slurm_job") or ""), row.get("slurm_state")])) or "-",
+        *(_shown(row["asked"].get(key, "-")) for key in keys),
         trouble[-1] if trouble else "",
     ]
     return [printable(str(cell)) for cell in cells]
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    return " ".join(value.split()) if isinstance(value, str) else text
 
 
 def _metrics(row: dict[str, Any]) -> list[str]:
