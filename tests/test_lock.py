@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +36,7 @@ def slow(image):
     return image
 """
 SLOWLY = [*SMALL, "data.train_transform=[mine:slow]", "train.steps=60", "checkpoint.every=5", "log.every=1"]
+TAKEN = 6  # times that processes which contend for a lock get it
 ENDLESS = ["train", *SLOWLY, "train.steps=100000"]
 
 
@@ -141,6 +146,92 @@ def test_of_attempts_that_find_the_same_stale_lock_or_none_one_goes_on(stale: bo
     for thread in threads:
         thread.join()
     assert sorted(outcomes) == ["refused"] * 3 + ["taken"]
+
+
+@pytest.mark.parametrize("operation", ["link", "replace"])
+def test_an_attempt_that_comes_in_while_another_one_takes_a_stale_lock_is_no_second(
+    operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the one waits between any two of its operations."""
+    hold(tmp_path, host=os.uname().nodename, pid=2**22 + 1)
+    plain = getattr(os, operation)
+    taken: list[Lock] = []
+
+    def attempt() -> None:
+        mine = Lock(tmp_path)
+        try:
+            mine.acquire(print)
+        except UserError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            taken.append(mine)
+
+    def slow(*paths: Path) -> None:
+        monkeypatch.setattr(os, operation, plain)
+        attempt()
+        plain(*paths)
+
+    monkeypatch.setattr(os, operation, slow)
+    attempt()
+    assert [mine.is_ours() for mine in taken] == [True]
+
+
+def contend(folder: Path, seed: int, linked: bool) -> None:
+    """Attempt after attempt, each a process of its own, until the lock was taken often enough."""
+    chance = random.Random(seed)
+    while len((folder / "taken").read_bytes()) < TAKEN:
+        number = chance.random()
+        if not os.fork():
+            try:
+                one_attempt(folder, random.Random(number), linked)
+            except BaseException as error:
+                print(repr(error), flush=True)
+            os._exit(0)
+        os.wait()
+
+
+def one_attempt(folder: Path, chance: random.Random, linked: bool) -> None:
+    """Takes the lock, slowly, and may be killed ahead of any operation; tells if another one has it, too."""
+
+    def disturb(event: str, values: tuple[Any, ...]) -> None:
+        writes = event in ("os.link", "os.rename", "os.remove") or (event == "open" and values[1] != "rb")
+        if writes and any(str(value).startswith(f"{folder}/lock") for value in values):
+            time.sleep(chance.choice([0, 0.01, 0.15]))
+            if not linked and event == "os.link":
+                raise OSError(errno.EPERM, "no hard links here")
+            if chance.random() < 0.05:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(disturb)
+    mine = Lock(folder)
+    try:
+        mine.acquire(print)
+    except UserError:
+        return time.sleep(0.02)
+    held = os.open(folder / "held", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+    except OSError:
+        print("two of them have it")
+    with (folder / "taken").open("a") as taken:
+        taken.write("x")
+    time.sleep(0.1)
+    if chance.random() < 0.3:
+        mine.release()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("linked", [True, False])
+def test_of_attempts_that_are_slow_and_killed_anywhere_never_two_hold_the_lock(
+    linked: bool, begin: Callable[..., Process], tmp_path: Path
+) -> None:
+    """Where there are hard links, and where there are none."""
+    hold(tmp_path, host=os.uname().nodename, pid=2**22 + 1)
+    (tmp_path / "taken").touch()
+    contenders = [begin(contend, tmp_path, seed, linked) for seed in range(4)]
+    assert [each.communicate(timeout=60) for each in contenders] == [("", "")] * 4
+    Lock(tmp_path).acquire(print)
+    assert [item.name for item in tmp_path.glob("lock*")] == ["lock"]
 
 
 def test_an_attempt_that_ends_before_its_first_step_gives_the_lock_back(
