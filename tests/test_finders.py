@@ -18,6 +18,7 @@ from dist_train.config import UserError
 from dist_train.data import build
 from dist_train.models import mlp
 from dist_train.record.history import read_metrics
+from dist_train.tools import find_batch_size as finding
 from dist_train.tools.estimate import estimate
 from dist_train.tools.find_batch_size import Tried, by_growth, by_trying, cgroup_left, find_batch_size
 from dist_train.tools.find_lr import find_lr, told
@@ -75,6 +76,33 @@ def test_a_size_is_found_by_trying_to_a_sixteenth(fits: int) -> None:
     assert by_trying(train, fits).size == fits
     with pytest.raises(UserError, match="not even one"):
         by_trying(lambda size: None, 10)
+
+
+def test_a_memory_of_less_than_two_samples_or_than_the_model_is_told(
+    small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = torch.nn.BatchNorm1d(3)
+
+    def train(size: int) -> None:
+        if size == 1:
+            norm(torch.rand(1, 3))
+
+    with pytest.raises(UserError, match=r"2 samples don't fit .* trained on one: Expected more than 1 value"):
+        by_trying(train, 10)
+    with pytest.raises(UserError, match=r"2 samples take 0.50 of 0.40 GB"):
+        by_growth(lambda size: Tried(size, 0.5, 1.0), 100, limit=0.4)
+    large = [*small, "model.args.hidden=[90000,90000]"]  # 32 GB of weights, and as much of gradients
+    told = r"the model, its gradients and its optimizer take 64.\d GB, and \S+ GB may be used"
+    monkeypatch.setattr(finding, "cgroup_left", lambda: 1e6)
+    with pytest.raises(UserError, match=told):
+        find_batch_size(load([], large))
+
+
+def test_a_teacher_takes_memory_on_each_process(small: list[str], here: Callable[..., Any]) -> None:
+    here(*small, "train.steps=1", "run.name=teacher", "model.args={hidden: [64]}")
+    found = estimate(load([], [*small, "task.teacher=runs/teacher"]), processes=2)
+    taught = 4 * (64 * 64 + 64 + 64 * 3 + 3)
+    assert [memory["teacher"] for memory in found.memory.values()] == [taught, taught]
 
 
 def test_a_size_is_found_by_growth_without_filling_the_memory() -> None:

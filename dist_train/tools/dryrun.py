@@ -16,14 +16,17 @@ from dist_train.runtime import Runtime
 class DryRun:
     """A training as it would begin, built as `fit` builds it, step by step; all ranks must make it.
 
+    Args:
+        sets: the data, where it is at hand.
+
     Raises UserError if the job can't be trained.
     """
 
-    def __init__(self, config: Config, ranks: Runtime) -> None:
+    def __init__(self, config: Config, ranks: Runtime, sets: data.Data | None = None) -> None:
         config = pretrained.with_own_transforms(config)
         with ranks.together():
             with ranks.main_of_node_first():
-                self.sets = data.build(config)
+                self.sets = sets or data.build(config)
             self.task, _ = taught(config, tasks.build(config), ranks, self.sets)
             self.total = self.sets.total_steps(config)
             self.schedule = rates.schedule(config, self.total, self.sets.steps_per_epoch(config))

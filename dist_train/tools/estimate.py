@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dist_train import data, flops, optim, runtime, tasks
+from dist_train import checkpoint, data, flops, optim, runtime, tasks
 from dist_train.config import Config, UserError, counted
 from dist_train.data.loader import workers
 from dist_train.models import pretrained
@@ -71,7 +71,7 @@ def estimate(config: Config, processes: int, speed: float | None = None, measure
         "sums of other parts": _bytes(_trained(model)) * int(math.log2(per_rank)) if train.same_bits else 0,
         "activations": None if activations is None else activations * part // batch.rows,
     }
-    memory = {"DDP": _replicated(config, model) | fixed}
+    memory = {"DDP": replicated(config, model) | fixed}
     if processes > 1:
         memory["FSDP2"] = _sharded(config, model, memory["DDP"], processes)
     return Estimate(
@@ -94,7 +94,7 @@ def _length(config: Config, sets: data.Data) -> tuple[int, int]:
     return steps, steps // per_epoch * epoch + min(steps % per_epoch * size, epoch)
 
 
-def _replicated(config: Config, model: nn.Module) -> Memory:
+def replicated(config: Config, model: nn.Module) -> Memory:
     """What a process holds that holds the whole model."""
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
     return {
@@ -103,7 +103,16 @@ def _replicated(config: Config, model: nn.Module) -> Memory:
         "gradients": _bytes(_trained(model)),
         "optimizer": _optimizer(config, model),
         "moving average": weights if config.train.ema else 0,
+        "teacher": _teacher(config),
     }
+
+
+def _teacher(config: Config) -> int:
+    """The bytes of the model that teaches this one, which each process holds whole."""
+    if config.task.teacher is None:
+        return 0
+    weights = checkpoint.load_weights(checkpoint.find(config.task.teacher))
+    return _bytes(value for value in weights.values() if isinstance(value, torch.Tensor))
 
 
 def _sharded(config: Config, model: nn.Module, whole: Memory, processes: int) -> Memory:

@@ -18,17 +18,22 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from torch.nn.parameter import is_lazy
 
 from dist_train import data, runtime
 from dist_train.config import Config, UserError
 from dist_train.data.order import Part
+from dist_train.models import pretrained
 from dist_train.nested import map_tensors
 from dist_train.runtime import Runtime
 from dist_train.tools.dryrun import DryRun
+from dist_train.tools.estimate import replicated
+from dist_train.tools.summary import without_memory
 
 SHARE = 0.9  # of the memory that is there, to be used; allocators don't fill all of it
 FIRST = 2  # samples: of one, BatchNorm can't tell a deviation
 GROWTH = 64e6  # bytes by which a doubled batch must exceed the one before, to tell what a sample takes
+TOO_SMALL = "find-batch-size: not even one sample fits into the memory of this device."
 SECONDS = 20  # that a step on a CPU may take before no larger one is tried
 
 
@@ -59,16 +64,41 @@ def find_batch_size(config: Config) -> Found:
     try:
         if ranks.world_size > 1:
             raise UserError("find-batch-size: start it as one process; what it finds holds for each of many.")
-        job = DryRun(config, ranks)
-        most = len(job.sets.train)
+        sets = data.build(pretrained.with_own_transforms(config))
+        own, free = _memory(ranks)
+        limit = (own + free) * SHARE
+        _check_room(config, sets, limit - own)
+        most = len(sets.train)
         if ranks.device.type == "cuda":
+            try:
+                job = DryRun(config, ranks, sets)
+            except torch.cuda.OutOfMemoryError:
+                raise UserError(TOO_SMALL) from None
             return by_trying(lambda size: _on_gpu(job, ranks, size), most)
-        available = psutil.virtual_memory().available
-        own = psutil.Process().memory_info().rss
-        limit = (own + min(available, cgroup_left())) * SHARE / 1e9
-        return by_growth(lambda size: _train(job, ranks, size), most, limit)
+        job = DryRun(config, ranks, sets)
+        return by_growth(lambda size: _train(job, ranks, size), most, limit / 1e9)
     finally:
         runtime.stop(ranks.accelerator)
+
+
+def _memory(ranks: Runtime) -> tuple[float, float]:
+    """The bytes that this process has of the memory that it trains in, and those that are free."""
+    if ranks.device.type == "cuda":
+        return 0.0, torch.cuda.mem_get_info(ranks.device)[0]
+    return psutil.Process().memory_info().rss, min(psutil.virtual_memory().available, cgroup_left())
+
+
+def _check_room(config: Config, sets: data.Data, room: float) -> None:
+    """Raises UserError where not even what a model takes without any sample fits into so many bytes."""
+    model = without_memory(config, sets)
+    if any(map(is_lazy, model.parameters())):  # their sizes come with the first batch
+        return
+    needed = sum(filter(None, replicated(config, model).values()))
+    if needed > room:
+        raise UserError(
+            f"find-batch-size: the model, its gradients and its optimizer take {needed / 1e9:.3g} GB, and"
+            f" {max(0, room) / 1e9:.3g} GB may be used; `dist-train estimate` tells what each takes."
+        )
 
 
 def by_trying(train: Callable[[int], Tried | None], most: int) -> Found:
@@ -77,13 +107,22 @@ def by_trying(train: Callable[[int], Tried | None], most: int) -> Found:
     good, bad = 0, most + 1
     while good < most and bad - good > max(1, good // 16):
         size = min(2 * good or FIRST, most) if bad > most else (good + bad) // 2
-        if (found := train(size)) is None:
+        try:
+            found = train(size)
+        except ValueError as error:
+            if size > 1:
+                raise
+            raise UserError(
+                f"find-batch-size: {FIRST} samples don't fit into the memory of this device, and the model"
+                f" can't be trained on one: {str(error).rstrip('.')}."
+            ) from None
+        if found is None:
             bad = size
         else:
             tried.append(found)
             good = size
     if not good:
-        raise UserError("find-batch-size: not even one sample fits into the memory of this device.")
+        raise UserError(TOO_SMALL)
     reason = "the whole training set" if good == most else f"{bad:,} did not fit"
     return Found(good, tried, reason)
 
@@ -102,6 +141,8 @@ def by_growth(train: Callable[[int], Tried], most: int, limit: float) -> Found:
             break
         tried.append(train(min(2 * last.size, most)))
     last = tried[-1]
+    if last.gb > limit:  # of the first one, as the others are stopped at half of it
+        raise UserError(f"find-batch-size: {last.size} samples take {last.gb:.2f} of {limit:.2f} GB.")
     if last.size == most:
         return Found(most, tried, "the whole training set")
     each = (last.gb - tried[-2].gb) / (last.size - tried[-2].size) if len(tried) > 1 else 0.0
