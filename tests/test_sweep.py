@@ -261,8 +261,15 @@ def test_several_seeds_are_trained_named_and_grouped_by_a_short_command_and_thei
     assert [config.run.name for config in configs] == [f"recipe-seed-{seed}" for seed in (4, 5, 6)]
     assert {config.wandb.group for config in configs} == {"recipe-seed"}
     assert list(results(tasks))[1] == "recipe-seed-5  seed=5  not begun"
+    for files, told in ((["recipe.yaml"], "recipe.yaml"), ([], "--seeds")):  # not an override, given first
+        with pytest.raises(UserError, match=f"^{told}: there is no task 9; they are numbered 0 to 2"):
+            pick(of_seeds([*small, "run.name=x", *files], 3), 9)
     words = ["sweep", "recipe.yaml", *small, "--seeds", 3]
     assert cli(*words, "--task", 2).out.splitlines() == tasks[2].arguments
+    first = cli(
+        "sweep", "data.download_dir=a//b", *words[1:], "--task", 0
+    ).out  # not a path, though it comes first
+    assert "data.download_dir=a//b" in first.splitlines()
     trained = cli(*words, "--train")
     assert trained.rc == 0, trained
     *lines, spread = list(results(tasks))

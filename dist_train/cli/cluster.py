@@ -54,7 +54,7 @@ def submit(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A sweep file in W&B's format; with --seeds a config file.")],
+    file: Annotated[str, typer.Argument(help="A sweep file in W&B's format; with --seeds a config file.")],
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG...] [KEY=VALUE...]", help="For all tasks.")
     ] = None,
@@ -76,7 +76,7 @@ def sweep(
     if list_ + count + train + results + (task is not None) > 1:
         raise UserError("sweep: give one of --list, --task, --count, --train and --results.")
     words = arguments or []
-    tasks = running.of_seeds([str(file), *words], seeds) if seeds else sweeps.expand(file, words)
+    tasks = running.of_seeds([file, *words], seeds) if seeds else sweeps.expand(Path(file), words)
     if task is not None:
         print("\n".join(sweeps.pick(tasks, task).arguments))
         return

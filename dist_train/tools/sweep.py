@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.cluster.sweep import Task
-from dist_train.config import load_words
+from dist_train.config import is_override, load_words
 from dist_train.record.history import read_status
 from dist_train.record.terminal import describe
 
@@ -22,7 +22,11 @@ def of_seeds(words: Sequence[str], count: int) -> list[Task]:
     config = load_words(words)
     seeds = range(config.seed, config.seed + count)
     name = f"{config.run.name}-seed"
-    return [Task(Path(words[0]), name, seed, tuple(words), (f"seed={seed}",)) for seed in seeds]
+    files = [word for word in words if not is_override(word)]
+    return [
+        Task(Path(files[0] if files else "--seeds"), name, seed, tuple(words), (f"seed={seed}",))
+        for seed in seeds
+    ]
 
 
 def train(tasks: Sequence[Task]) -> bool:
