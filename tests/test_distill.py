@@ -138,6 +138,7 @@ def test_a_teacher_with_spare_outputs_is_told(npz: Path, here: Callable[..., Any
     words = [word for word in STUDENT if not word.startswith("model.")]
     with pytest.raises(UserError, match=r"task.teacher: it gives 5 scores for an image, the model 3"):
         here(*words, "model.name=tests.test_distill:Spare", "model.args={spare: 0}")
+    assert not Path("runs/run").exists()  # at the start
 
 
 class Spare(torch.nn.Sequential):
