@@ -232,11 +232,12 @@ def packages(missing: Callable[[str], Any]) -> Iterator[None]:
 @pytest.mark.parametrize(
     "name",
     [
+        "Muon",
         "timm/lamb",
         *(pytest.param(n, marks=pytest.mark.long) for n in ("timm/lion", "pytorch_optimizer:AdaBelief")),
     ],
 )
-def test_an_optimizer_of_another_package_trains_and_goes_on_exactly(
+def test_an_optimizer_that_is_not_of_torch_trains_and_goes_on_exactly(
     name: str, here: Callable[..., Any], npz: Path, tmp_path: Path
 ) -> None:
     words = [*SMALL, f"optim.name={name}", "optim.lr=0.01", "optim.no_decay=[biases]", "train.steps=20",
@@ -248,6 +249,7 @@ def test_an_optimizer_of_another_package_trains_and_goes_on_exactly(
     here(*words, "checkpoint.every=15")
     assert read_attempts(tmp_path / "runs/run")[-1]["step"] == 15
     assert same_bits(last(tmp_path), last(tmp_path, "whole"))
+    assert len(last(tmp_path)["optimizer"]["state"]) == len(last(tmp_path)["model"])
 
 
 @pytest.mark.usefixtures("packages")

@@ -310,18 +310,6 @@ def test_muon_makes_steps_of_hidden_matrices_orthogonal_and_another_optimizer_do
         assert torch.allclose(step, 0.25 * gradient, atol=1e-6)
 
 
-def test_a_run_by_muon_goes_on_exactly(here: Callable[..., Any], small: list[str], tmp_path: Path) -> None:
-    words = [*small, "optim.name=Muon", "optim.args.rest={SGD: {lr: 0.05, momentum: 0.9}}", "log.every=1"]
-    here(*words, "run.name=whole")
-    here(*words, "checkpoint.every=5")
-    (tmp_path / "runs/run/checkpoints/step-00000012.pt").unlink()
-    here(*words, "checkpoint.every=5")
-    assert read_attempts(tmp_path / "runs/run")[-1]["step"] == 10
-    assert same_bits(last(tmp_path), last(tmp_path, "whole"))
-    state = last(tmp_path)["optimizer"]["state"]
-    assert len(state) == len(last(tmp_path)["model"])  # a momentum for each weight
-
-
 def test_muon_leaves_tables_and_outputs_to_the_other_optimizer() -> None:
     model = GPT(num_classes=11, input_shape=(8,), depth=2, heads=2, width=4)
     hidden, rest = optim.build(
