@@ -14,7 +14,7 @@ checked = failed=0; \
 	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(1) $(ARGS); \
 	exit $$failed
 
-.PHONY: help train test test-all test-gpu lint format bench clean
+.PHONY: help train test test-all test-gpu lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -41,13 +41,17 @@ format: .venv/installed-dev ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+docs: .venv/installed-dev ## Make a site of the documentation in site/, which opens without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "written: site/index.html"
+
 bench: .venv/installed ## Run all benchmarks (one: .venv/bin/python benchmarks/overhead.py)
 	@for file in benchmarks/[a-z]*.py; do \
 	  echo "$(BIN)/python $$file"; $(BIN)/python "$$file" || exit 1; \
 	done
 
 clean: ## Delete .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Written last by `python -m venv`: a half-made .venv is made again.

@@ -156,7 +156,7 @@ def make_tree(parent: Path, server: str) -> Path:
         server: the socket of a `WarmServer`.
     """
     top = parent / "dist_train"
-    left = {".git", ".venv", "runs", "data", "wandb", "build", "dist"}
+    left = {".git", ".venv", "runs", "data", "wandb", "build", "dist", "site"}
     for item in REPO.iterdir():
         if item.name in left or item.name.endswith("_cache"):
             continue

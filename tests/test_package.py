@@ -13,7 +13,7 @@ from tests.processes import REPO, Finished
 
 pytestmark = pytest.mark.long
 # What no change is made of: caches, and what runs and builds leave behind.
-LEFT = {".git", ".venv", "runs", "wandb", "outputs", "data", "build", "dist"}
+LEFT = {".git", ".venv", "runs", "wandb", "outputs", "data", "build", "dist", "site"}
 
 
 def build(target: str, folder: Path, run: Callable[..., Finished]) -> Path:
