@@ -230,6 +230,8 @@ def test_a_cache_that_cannot_be_is_told_in_one_sentence(
     for options in ({"cache": "disk"}, {"cache_size": 4}):
         with pytest.raises(UserError, match=f"{next(iter(options))}: 'arrays' has no image files"):
             data.build(config(data={"name": "arrays", "root": str(npz)} | options))
+    with pytest.raises(UserError, match=r"data.cache: shards are copied to data.download_dir"):
+        cache.with_cache(None, config(data={"name": "shards", "cache": "disk"}).data)
 
 
 def test_a_shorter_side_is_that_of_resize_and_small_images_stay(tmp_path: Path) -> None:

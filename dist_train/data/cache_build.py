@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dist_train.config import UserError
 from dist_train.data.ahead import ahead
@@ -25,13 +24,16 @@ from dist_train.data.cache import (
     MISSING,
     RECORD,
     Cached,
+    CachedMasks,
+    Files,
     checksum,
     fingerprint,
     flat,
     open_maps,
     sizes,
 )
-from dist_train.data.images import BadSample, ImageFiles
+from dist_train.data.images import BadSample
+from dist_train.data.masks import ImageMasks
 from dist_train.runtime import allowed_cpus
 
 TASK = 16  # images that a thread does in one go
@@ -39,7 +41,7 @@ TELL_SECONDS = 30.0  # between two lines about the progress where there is no te
 LOOK_SECONDS = 0.1  # how often a process looks whether another one has made the cache
 
 
-def kept_in(files: ImageFiles, place: Path, in_memory: bool = False) -> Cached:
+def kept_in(files: Files, place: Path, in_memory: bool = False) -> Cached:
     """The files with their cache in a folder below `place`, which is made first where it isn't whole.
 
     Args:
@@ -59,7 +61,8 @@ def kept_in(files: ImageFiles, place: Path, in_memory: bool = False) -> Cached:
             with _alone(folder):
                 if not _is_whole(folder, files):  # else another process has made it meanwhile
                     _build(files, folder, allowed_cpus())
-        return Cached(files, folder, release)
+        kind = CachedMasks if isinstance(files, ImageMasks) else Cached
+        return kind(files, folder, release)
     except BaseException as error:
         if release:
             release()
@@ -71,7 +74,7 @@ def kept_in(files: ImageFiles, place: Path, in_memory: bool = False) -> Cached:
         ) from None
 
 
-def _is_whole(folder: Path, files: ImageFiles) -> bool:
+def _is_whole(folder: Path, files: Files) -> bool:
     try:
         open_maps(folder, files)
     except FileNotFoundError:
@@ -95,7 +98,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build(files: ImageFiles, folder: Path, threads: int) -> None:
+def _build(files: Files, folder: Path, threads: int) -> None:
     """Decodes what isn't there yet; the index appears when all is durable."""
     part = folder / "index.part"
     wanted = len(files) * RECORD.itemsize
@@ -133,14 +136,14 @@ class _Writer:
     what a machine that lost its power did not write.
     """
 
-    def __init__(self, files: ImageFiles, descriptor: int, records: np.ndarray) -> None:
+    def __init__(self, files: Files, descriptor: int, records: np.ndarray) -> None:
         self.files, self.descriptor, self.records = files, descriptor, records
-        ends = records["offset"] + sizes(records, files.channels)
+        ends = records["offset"] + sizes(records, files)
         self.end, self.lock = int(ends.max(initial=0)), threading.Lock()
 
     def check(self, indices: np.ndarray) -> None:
         """Forgets those of the images that are not in the file as their records say."""
-        lengths = sizes(self.records[indices], self.files.channels)
+        lengths = sizes(self.records[indices], self.files)
         for index, size in zip(indices, lengths.tolist(), strict=True):
             pixels = os.pread(self.descriptor, size, int(self.records["offset"][index]))
             if zlib.crc32(pixels) != self.records["crc"][index]:
@@ -150,14 +153,13 @@ class _Writer:
         """Decodes images and writes them; returns how many."""
         for index in indices.tolist():
             try:
-                image, _ = self.files[index]
+                image, target = self.files[index]
+                pixels = flat(image, target)
             except (BadSample, OSError, SyntaxError):  # told when it is read
+                pixels = None
+            if pixels is None:
                 self.records[index] = (0, 0, 0, 0, BY_FILE)
                 continue
-            if image.dtype != torch.uint8:
-                self.records[index] = (0, 0, 0, 0, BY_FILE)
-                continue
-            pixels = flat(image)
             with self.lock:
                 offset, self.end = self.end, self.end + len(pixels)
             _write(self.descriptor, pixels, offset)

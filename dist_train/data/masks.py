@@ -37,6 +37,8 @@ class ImageMasks(Dataset[Any]):
     ) -> None:
         self.images, self.masks = packed(images), packed(masks)
         self.classes, self.channels = list(classes), channels
+        self.shorter: int | None = None  # as of ImageFiles, but that masks are kept as large as they are
+        self.note = ""
 
     def __len__(self) -> int:
         return len(self.images)
