@@ -9,27 +9,25 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dist_train import flops, models, optim, tasks
+from dist_train import flops, optim
 from dist_train.checkpoint.sharded import Wanted
 from dist_train.config import Config, Every, UserError, to_mapping
 from dist_train.data import Batch, Data, Feed, first_batch
 from dist_train.evaluate import Unread, evaluate
-from dist_train.meters import Best, stop_when
+from dist_train.first import first_model
 from dist_train.models import batchnorm
 from dist_train.models.freeze import Frozen, frozen_for_good
 from dist_train.models.weights import Weights, fill
-from dist_train.optim import rates
 from dist_train.parallel import Parallel, spread
 from dist_train.parts import default_parts, parts_per_rank
 from dist_train.rows import rows_of
 from dist_train.runtime import Runtime
-from dist_train.seeds import key, seed_device, seed_weights
+from dist_train.seeds import key, seed_device
 from dist_train.tasks import Task
 from dist_train.tree import tree_sum
 
@@ -75,7 +73,7 @@ class Learner:
         self.skipped = 0  # of these, whose update was dropped because it was not finite
         self.set_parts(default_parts(config.train.parts, ranks.world_size, config.train.accumulate))
         with ranks.together():
-            self.model = _build(config, ranks, data, task, model)
+            self.model = first_model(config, ranks, data, task, model)
             self.begins = fill(self.model, weights, max(1, len(data.classes))) if weights else ""
             self.frozen = Frozen(self.model, config.model.freeze, _until(config, data))
         self.most_per_second = _most_per_second(self.model, data, config, ranks)
@@ -97,6 +95,7 @@ class Learner:
         self._move_average: Callable[[int], None] | None = None
         if self.average is not None:
             self._move_average = optim.average_updater(self.average, self.model, config.train.ema)
+        self._trained = _names_of_trained(self.model)
         self.model.train()
         # Of a model that ranks compute together each one computes as many batches as the others.
         self._filler: Batch | None = None
@@ -127,6 +126,7 @@ class Learner:
         self._share = share
         if self.frozen.set(self.step):
             self.parallel.spread_anew()
+            self._trained = _names_of_trained(self.model)
         optim.scale_lr(self.optimizer, share)
         self.parallel.buffers.begin(self.parts, skipping)
         sums: list[torch.Tensor] = []
@@ -202,8 +202,13 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """All that changes in it, by the names of the model: whole on rank 0, or as it is spread.
 
-        All ranks come here together.
+        All ranks come here together. Raises UserError where the model itself has changed what is trained.
         """
+        if changed := self._trained ^ _names_of_trained(self.model):
+            raise UserError(
+                f"model: it has changed by itself whether {min(changed)} is trained (requires_grad), of which"
+                " a run that goes on would not know; use model.freeze and model.freeze_until instead."
+            )
         state = {
             "step": self.step,
             "skipped": self.skipped,
@@ -266,6 +271,10 @@ class Learner:
         self.step, self.skipped = saved["step"], saved.get("skipped", 0)
 
 
+def _names_of_trained(model: nn.Module) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def _fill(parallel: Parallel, module: nn.Module, values: dict[str, Any]) -> None:
     module.load_state_dict(parallel.shares(values, module.state_dict()))
 
@@ -281,39 +290,6 @@ def _weigh(
     weights = torch.full_like(values, counts) if weights is None else weights.to(values.dtype) * counts
     columns = [weights, *((value.detach() * weights) for value in (values, *further.values()))]
     return weights, torch.stack([column.sum() for column in columns])
-
-
-def _build(config: Config, ranks: Runtime, data: Data, task: Task, model: nn.Module | None) -> nn.Module:
-    """The model at step 0, on the device, tried on samples of both sets."""
-    seed_weights(config.seed)
-    if model is None:
-        if not data.classes and config.task.name == "classification":
-            raise UserError("data: the data set has no `classes`, so the model's outputs can't be counted.")
-        model = models.build(
-            config.model.name, config.model.args, data.sample_shape, max(1, len(data.classes))
-        )
-    names: list[str] = []
-    for part, samples in (("training", data.train), ("evaluation", data.eval)):
-        batch, outputs = first_batch(samples), None
-        if isinstance(task, tasks.SampleTask):
-            outputs = models.probe(model, batch.inputs, config.model.name).to(ranks.device)
-            batch = batch.to(ranks.device)  # where the model will be, which a task of one's own may rely on
-        names = tasks.check(task, model, batch, outputs, len(data.classes))
-        if outputs is not None and tasks.is_classification(task) and not data.classes:
-            as_outputs = replace(samples.labels, classes=outputs.shape[1])  # as many as the model has
-            samples.labels = as_outputs
-            samples.check_labels(part)
-    best = config.checkpoint.best or task.best
-    Best.parse(best).check(names)
-    for rule in stop_when(config, best):
-        Best(rule.metric, rule.sign).check(names, "train.stop_when")
-    if config.schedule.name == "plateau":
-        Best(*rates.watched(config.schedule.args)).check(names, "schedule.args.metric")
-    if config.parallel.name == "ddp" or ranks.world_size == 1:  # else block by block, as it is sharded
-        model.to(ranks.device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
 
 
 def _until(config: Config, data: Data) -> int | None:

@@ -178,12 +178,10 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     best = Best.parse(by)
     if ranks.from_main(_is_finished(job, state)):
         guard.clear()
-        stopped = job.stopped(state)
         if ranks.is_main:
-            why = f": {stopped}" if stopped else ""
+            why = f": {job.stopped(state)}" if job.stopped(state) else ""
             print(f"The run is complete: {config.run_dir} (step {learner.step:,} of {job.total:,}{why}).")
-        named = best.named(state.best)
-        return Result(config.run_dir, "completed", learner.step, state.metrics, named, stopped)
+        return _result(job, state, best, "completed")
     with ranks.together():
         newest = start
         guard.take(notes.append)
@@ -211,8 +209,12 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
     guard.watch(ranks, record.fail if ranks.is_main else None, can_meet_anew=kept.memory is not None)
     end = _attempt(job, state, record, saver, guard)
     ranks.from_main(None)  # all end together: srun ends the others when one has exited with 75
+    return _result(job, state, best, end)
+
+
+def _result(job: Job, state: State, best: Best, end: str) -> Result:
     named, stopped = best.named(state.best), job.stopped(state)
-    return Result(config.run_dir, end, learner.step, state.metrics, named, stopped)
+    return Result(job.config.run_dir, end, state.step, state.metrics, named, stopped)
 
 
 def _attempt(job: Job, state: State, record: Record, saver: checkpoint.Checkpoints, guard: Guard) -> str:

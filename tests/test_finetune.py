@@ -170,6 +170,29 @@ def before(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "runs/before", symlinks=True))
 
 
+class Freezing(nn.Module):
+    """A model that stops to train its first layer by itself, after some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 3))
+        self.seen = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += self.training
+        self.layers[1].requires_grad_(self.seen < 8)
+        return self.layers(images)
+
+
+def test_a_model_that_changes_by_itself_what_is_trained_is_told_and_nothing_false_is_saved(
+    here: Callable[..., Any], small: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"changed by itself whether layers.1.bias is trained .*model.freeze"):
+        here(*small, "checkpoint.every=5", model=Freezing())
+    saved = sorted(path.name for path in (tmp_path / "runs/run/checkpoints").glob("step-*.pt"))
+    assert saved == ["step-00000005.pt", "step-00000006.pt"]  # the second one is the best
+
+
 STILL = ["train.steps=1", "optim.lr=0", "model.freeze=['*', '!13']", "model.args.dropout=0"]
 
 

@@ -24,6 +24,7 @@ LAYERS = """
     trainer
     state
     learner
+    first
     fsdp
     parallel
     evaluate meters outcomes
