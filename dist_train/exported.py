@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.checkpoint import Damaged
+from dist_train.checkpoint import Damaged, extra_state
 from dist_train.config import UserError
 
 SUFFIXES = {"safetensors": ".safetensors", "torch.export": ".pt2", "onnx": ".onnx"}
@@ -57,8 +57,13 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
     if inside and isinstance(config.get("data"), dict):  # then the program does it
         config["data"] |= {"mean": [], "std": []}
+    any_size = notes.get("resizing") == "inside"
+    if any_size:  # one by one, since images of several sizes make no batch
+        for section, values in (("data", {"eval_transform": []}), ("eval", {"batch_size": 1})):
+            if isinstance(config.get(section), dict):
+                config[section] |= values
     saved = {"config": config, "classes": classes, "sample_shape": shape, "parts": parts, "average": None}
-    return saved | {"inside": inside} | held
+    return saved | {"inside": inside, "any_size": any_size} | held
 
 
 def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
@@ -66,7 +71,8 @@ def _safetensors(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
     with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return file.metadata() or {}, {"model": weights}
+        notes = file.metadata() or {}
+        return notes, {"model": weights | extra_state(notes)}
 
 
 def _torch_export(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

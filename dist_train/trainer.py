@@ -26,6 +26,7 @@ from dist_train.record.record import Record
 from dist_train.runtime import Runtime
 from dist_train.state import State
 
+NOT_PLAIN = "what the model keeps there is more than plain values, and stands in checkpoints only"
 MEET_SECONDS = 2.0  # ranks agree on interruptions and timed saves about this often, or more often
 
 
@@ -275,7 +276,9 @@ class Trainer:
         try:
             self.saver.prune()  # where an attempt was killed between its last save and this
             if self.ranks.is_main:
-                checkpoint.save_weights(run / "model.safetensors", weights, names)
+                lost = checkpoint.save_weights(run / "model.safetensors", weights, names)
+                if lost:
+                    self.record.say(f"model.safetensors lacks {', '.join(lost)}: {NOT_PLAIN}")
         except OSError as error:
             failure = f"{run}/model.safetensors could not be written: {error.strerror}"
         if failure := self.ranks.from_main(failure):

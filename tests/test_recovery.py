@@ -258,6 +258,16 @@ class Counting(nn.Module):
         self.seen = state
 
 
+class Numbering(Counting):
+    """One whose state JSON can't give back: its keys are numbers."""
+
+    def get_extra_state(self) -> dict[Any, Any]:
+        return {0: self.seen}
+
+    def set_extra_state(self, state: dict[Any, Any]) -> None:
+        self.seen = state[0]
+
+
 @pytest.mark.parametrize("average", [0, 0.9])
 def test_a_state_of_the_model_beside_its_tensors_is_saved_and_restored(
     average: float, here: Callable[..., Any], small: list[str], tmp_path: Path, folder: Path
@@ -268,7 +278,15 @@ def test_a_state_of_the_model_beside_its_tensors_is_saved_and_restored(
     again = Counting()
     here(*words, "train.steps=18", model=again)
     assert again.seen == {"images": 3 * 90, "names": ["a", "b"]}
-    assert load_file(tmp_path / "runs/run/model.safetensors").keys() == dict(again.named_parameters()).keys()
+    weights = tmp_path / "runs/run/model.safetensors"
+    assert load_file(weights).keys() == dict(again.named_parameters()).keys()
+    tuned = Counting()
+    here(*words, "run.name=tuned", "train.steps=1", f"model.init={weights}", model=tuned)
+    assert tuned.seen["images"] == 3 * 90 + 16
+    told = "model.safetensors lacks _extra_state: what the model keeps there is more than plain values"
+    assert told not in (tmp_path / "runs/run/log.txt").read_text()
+    here(*words, "run.name=other", "train.steps=1", model=Numbering())
+    assert told in (tmp_path / "runs/other/log.txt").read_text()
 
 
 # --- the end -----------------------------------------------------------------------------------------

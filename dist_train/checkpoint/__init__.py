@@ -7,6 +7,7 @@ from dist_train.checkpoint.files import Damaged, write_atomically
 from dist_train.checkpoint.saver import Checkpoints
 from dist_train.checkpoint.stored import (
     FORMAT,
+    extra_state,
     find,
     is_linked,
     is_whole,
@@ -27,6 +28,7 @@ __all__ = [
     "FORMAT",
     "Checkpoints",
     "Damaged",
+    "extra_state",
     "find",
     "is_linked",
     "is_whole",

@@ -7,12 +7,13 @@ runs code from a file (`weights_only=True`).
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,19 +232,20 @@ def _bring_up(state: dict[str, Any]) -> None:
         state["parts"] = state["world_size"] * accumulate
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
+def load_weights(path: Path) -> dict[str, Any]:
     """The weights in a file: a checkpoint's that are evaluated; a state_dict, perhaps within a dict, as
     `torch.save` wrote it; or those of a safetensors file.
 
     Raises Damaged, and UserError for what holds anything but tensors and plain values, or no weights.
     """
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
+            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return tensors | extra_state(file.metadata() or {})
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise Damaged(f"{path}: damaged, or no safetensors file ({error}).") from None
     if path.is_dir() or zipfile.is_zipfile(path):  # older files of torch.save are none, and have no checksums
         verify(path)
@@ -261,13 +263,19 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) -> None:
-    """The weights of a model's state_dict alone, as a safetensors file that any library reads."""
+def save_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) -> list[str]:
+    """The weights of a model's state_dict alone, as a safetensors file that any library reads.
+
+    What modules keep beside tensors (`get_extra_state`) stands in its metadata, as JSON. Returns the names of
+    what JSON can't hold, which is left out.
+    """
     from safetensors.torch import save
 
-    tensors = {
-        name: value for name, value in weights.items() if isinstance(value, torch.Tensor)
-    }  # no extra state
+    tensors = {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    further = {name: value for name, value in weights.items() if name not in tensors}
+    kept = {name: value for name, value in further.items() if _is_plain(value)}
+    if kept:
+        metadata = metadata | {EXTRA_STATE: json.dumps(kept)}
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     seen: dict[int, str] = {}
     for name, value in state.items():  # safetensors stores no shared memory
@@ -275,3 +283,21 @@ def save_weights(path: Path, weights: dict[str, Any], metadata: dict[str, str]) 
             state[name] = value.clone()
     data = save(state, metadata)
     write_atomically(path, lambda file: file.write(data))
+    return sorted(further.keys() - kept.keys())
+
+
+EXTRA_STATE = "extra_state"
+
+
+def extra_state(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What modules keep beside tensors, by names of the state_dict: from a safetensors file's metadata."""
+    found = json.loads(metadata.get(EXTRA_STATE, "{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back as it is."""
+    try:
+        return repr(json.loads(json.dumps(value))) == repr(value)
+    except (TypeError, ValueError, RecursionError):
+        return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ COPY = "init.safetensors"  # in the run's folder
 class Weights(NamedTuple):
     """The tensors of a model's state by their names, and where they came from."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, Any]  # and what modules keep beside tensors
     where: str
 
 
@@ -51,8 +51,14 @@ def first(config: Config) -> Weights | None:
 def keep(config: Config, weights: Weights) -> None:
     """Copies the first weights into the run's folder."""
     copy, shown = config.run_dir / COPY, _shown(config)
-    if _origin(copy) != shown:
-        checkpoint.save_weights(copy, weights.tensors, {"init": shown})
+    if _origin(copy) == shown:
+        return
+    if lost := checkpoint.save_weights(copy, weights.tensors, {"init": shown}):
+        copy.unlink()
+        raise UserError(
+            f"model.init: {weights.where} holds more than plain values as {lost[0]}, of which the run could"
+            " keep no copy."
+        )
 
 
 def kept(run: Path) -> Weights:
@@ -84,14 +90,17 @@ def fill(model: nn.Module, weights: Weights, outputs: int) -> str:
     if wrong:
         more = f", and {len(wrong) - 1} more like this" if len(wrong) > 1 else ""
         raise UserError(f"model.init: {weights.where} does not fit the model: {wrong[0]}{more}.")
-    model.load_state_dict({name: v for name, v in given.items() if name not in heads}, strict=False)
+    extra = {name: value for name, value in weights.tensors.items() if name.endswith(EXTRA)}
+    fitting = {name: value for name, value in given.items() if name not in heads}
+    model.load_state_dict(fitting | extra, strict=False)
     return "; ".join([f"begins with the weights of {weights.where}", *heads.values()])
 
 
+EXTRA = "_extra_state"  # what a module keeps beside tensors, by get_extra_state
 COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack
 
 
-def _unwrapped(tensors: dict[str, torch.Tensor], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unwrapped(tensors: dict[str, Any], own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors by their names in the bare model: DDP and torch.compile put a word before each."""
     found = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     for word in ("module.", "_orig_mod."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -235,18 +236,22 @@ def average_updater(average: nn.Module, model: nn.Module, decay: float) -> Calla
     """A function of the step that moves the moving average `average` towards `model`.
 
     A young average moves faster, by the step alone: nothing but the weights is state. Numbers that are
-    not floating point (BatchNorm's counters) are copied.
+    not floating point (BatchNorm's counters) are copied, and so is what modules keep beside tensors.
     """
     both = zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     pairs = [pair for pair in both if isinstance(pair[0], torch.Tensor)]  # not what get_extra_state gives
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     others = [pair for pair in pairs if not pair[0].is_floating_point()]
     old, new = [local(pair[0]) for pair in floats], [local(pair[1]) for pair in floats]  # if sharded
+    modules = zip(average.modules(), model.modules(), strict=True)
+    keeping = [pair for pair in modules if type(pair[1]).get_extra_state is not nn.Module.get_extra_state]
 
     @torch.no_grad()
     def update(step: int) -> None:
         torch._foreach_lerp_(old, new, 1 - min(decay, (1 + step) / (10 + step)))
         for target, value in others:
             target.copy_(value)
+        for module, followed in keeping:
+            module.set_extra_state(copy.deepcopy(followed.get_extra_state()))
 
     return update
