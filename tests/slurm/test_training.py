@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_a_killed_rank_ends_the_job(jobs: Jobs, slow: Callable[[], None]) -> Non
     info = jobs.slurm.wait(job, "FAILED")
     assert (info["Restarts"], info["ExitCode"]) == ("0", "137:0")
     assert status(jobs.folder, "killed")["state"] == "failed"
+
+
+def test_a_killed_rank_of_one_node_is_replaced(jobs: Jobs, slow: Callable[[], None]) -> None:
+    job = begin(jobs, "mended", "--nodes=1", "--ntasks-per-node=2", "--export=ALL,max_restarts=3")
+    rank_0 = psutil.Process(json.loads((jobs.folder / "runs/mended/lock").read_text())["pid"])
+    forked = sorted(rank_0.parent().children(), key=lambda process: process.pid)  # type: ignore[union-attr]
+    forked[forked.index(rank_0) + 1].kill()
+    jobs.wait(job, lambda: "going on from the copy of the state in memory" in jobs.said("mended"))
+    slow()
+    info = jobs.slurm.wait(job, "COMPLETED")
+    assert info["Restarts"] == "0" and "another process takes its place" in jobs.said("mended")
+    assert same_bits(last(jobs.folder, "undisturbed"), last(jobs.folder, "mended"))
 
 
 def test_a_failing_rank_is_no_interruption(jobs: Jobs) -> None:
