@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torchvision.tv_tensors import Mask
 
 from dist_train import data, models
 from dist_train.config import UserError
+from dist_train.data.cache_build import kept_in
 from dist_train.data.fashion_mnist import ASSETS, fashion_mnist
 from dist_train.data.masks import image_masks, mask_file, read_mask
 from dist_train.data.order import Part
@@ -27,7 +29,9 @@ from dist_train.data.transforms import ImageTransform
 from dist_train.predict import evaluate_run
 from dist_train.record.history import read_metrics
 from dist_train.tasks import Segmentation
+from dist_train.tools.export import export
 from dist_train.tools.replay import picture, replay
+from dist_train.tools.segment import predict_masks
 from tests.distributed import ranks as jobs
 from tests.processes import Finished
 
@@ -324,3 +328,45 @@ def test_a_set_of_ones_own_may_give_masks(here: Callable[..., Any], tmp_path: Pa
     result = here(*words, "data.workers=0", "train.epochs=30", model=models.unet(1, 2, (8,)),
                   train_data=pairs, eval_data=pairs)  # fmt: skip
     assert result.metrics["eval/miou"] > 0.9
+
+
+def test_masks_are_kept_with_their_images_and_a_run_has_the_same_bits(
+    folder: Path, here: Callable[..., Any], tmp_path: Path
+) -> None:
+    words = [*RECIPE, "train.steps=4", "data.train_transform=[RandomHorizontalFlip]", "data.cache_dir=kept"]
+    here(*words, "run.name=plain")
+    here(*words, "run.name=kept", "data.cache=disk")
+    assert jobs.same_bits(jobs.last(tmp_path, "plain"), jobs.last(tmp_path, "kept"))
+    files = image_masks("masks", classes=NAMES, channels=1)
+    assert files
+    kept = kept_in(files, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # of the run's two sets
+    pixels = kept.folder / "pixels"
+    whole = pixels.read_bytes()
+    pixels.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of a mask
+    for index in range(len(files)):
+        (image, mask), (wanted, as_wanted) = kept[index], files[index]
+        assert torch.equal(image, wanted) and torch.equal(mask, as_wanted) and type(mask) is Mask
+    assert pixels.read_bytes() == whole
+    os.utime(folder / "train/masks" / kept.path(0).name, (1, 1))
+    assert kept_in(files, tmp_path / "kept").folder != kept.folder
+    with pytest.raises(UserError, match=r"data.cache_size: masks are kept as large as they are"):
+        here(*words, "run.name=small", "data.cache_size=16")
+
+
+@pytest.mark.long
+def test_an_exported_model_gives_the_metrics_and_masks_of_its_run(
+    folder: Path, here: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As weights, and as a program of ONNX where its packages are here."""
+    here(*RECIPE, "train.steps=8", "data.mean=[0.2]", "data.std=[0.3]")
+    metrics, images = evaluate_run("runs/run"), [folder / "val/images"]
+    masks = predict_masks("runs/run", images, tmp_path / "drawn")[0]
+    assert len(masks) == 23
+    for kind in ("safetensors", *(["onnx"] if find_spec("onnxscript") else [])):
+        done = export("runs/run", kind, preprocess=kind != "safetensors")
+        assert done.difference <= 1e-5
+        again = evaluate_run(done.path, trust=True)
+        assert again == pytest.approx(metrics, abs=1e-5)
+        drawn = predict_masks(done.path, images, tmp_path / kind, trust=True)[0]
+        assert [path.read_bytes() for path in drawn] == [path.read_bytes() for path in masks]
