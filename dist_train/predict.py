@@ -50,7 +50,7 @@ def predict(
     `trust` are as for `load_model`.
     """
     model, saved, transform = for_images(place, model, trust)
-    shape, classes = saved["sample_shape"], len(saved["classes"])
+    shape, classes, any_size = saved["sample_shape"], len(saved["classes"]), saved.get("any_size", False)
     config = completed(saved["config"])
     task, shorter = config["task"]["name"], config["data"]["cache_size"]
     if task == "segmentation":
@@ -70,7 +70,7 @@ def predict(
         for file in files:
             try:
                 image = transform.geometry(shrunk(read_image(file, shape[0]), shorter))
-                if list(image.shape[-2:]) != shape[-2:]:  # the model knows one size only
+                if not any_size and list(image.shape[-2:]) != shape[-2:]:  # the model knows one size only
                     from torchvision.transforms.v2.functional import resize
 
                     image = resize(image, shape[-2:], antialias=True)
@@ -79,7 +79,8 @@ def predict(
             except UserError as error:
                 errors.append(str(error))
         if tensors:
-            probabilities = model(torch.stack(tensors)).softmax(1)
+            batches = [image[None] for image in tensors] if any_size else [torch.stack(tensors)]
+            probabilities = torch.cat([model(batch).softmax(1) for batch in batches])
             best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
             for file, values, indices in zip(readable, best.values, best.indices, strict=True):
                 ranked = [

@@ -12,18 +12,22 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from dist_train import __version__, checkpoint, exported
 from dist_train.config import RunError, UserError
+from dist_train.data import ImageTransform
 from dist_train.data.fashion_mnist import ASSETS
 from dist_train.exported import SUFFIXES
 from dist_train.predict import evaluate_run, load_model, predict
 from dist_train.tools import export as exporting
 from dist_train.tools.export import export
 from dist_train.tools.generate import continue_prompt
+from dist_train.tools.served import resized
 from tests.processes import Finished
 from tests.worlds import SMALL, write_images
 
@@ -127,8 +131,57 @@ def test_a_language_model_goes_on_with_a_prompt_of_any_length_as_an_exported_pro
     sizes = ["model.name=gpt", "model.args.width=16", "model.args.depth=1", "data.eval_fraction=0.2"]
     here(*SMALL, *words, *sizes, "train.steps=3", "optim.lr=0.01")
     text = continue_prompt("runs/run", "All", length=20, temperature=0)
-    assert export("runs/run", "onnx").input == "int64 [B, T <= 16]"
-    assert continue_prompt("run.onnx", "All", 20, temperature=0) == text
+    for kind in SUFFIXES:
+        done = export("runs/run", kind)
+        assert done.input == "int64 [B, T <= 16]" and done.difference <= 1e-5
+        assert continue_prompt(done.path, "All", 20, temperature=0, trust=True) == text
+    with pytest.raises(UserError, match="--preprocess: takes images of 8 bits, and these inputs are none"):
+        export("runs/run", "onnx", Path("bytes.onnx"), preprocess=True)
+
+
+SHORTER = [{"Resize": {"size": 24}}, {"CenterCrop": {"size": [20, 16]}}]
+BOTH = [{"Resize": {"size": [9, 30], "interpolation": 3}}]
+
+
+@pytest.mark.parametrize("names", [SHORTER, BOTH], ids=["bilinear", "bicubic"])
+def test_images_are_resized_and_cropped_by_matrices_to_the_pixels_of_the_transforms(names: list[Any]) -> None:
+    inside, transform = resized(names), ImageTransform(names)
+    for size in ((40, 61), (61, 40), (30, 30), (24, 25), (11, 17), (200, 35)):
+        image = torch.from_numpy(np.random.default_rng(size[0]).integers(0, 256, (2, 3, *size), np.uint8))
+        away = (inside(image.float()) - transform.geometry(image).float()).abs()
+        assert away.max() <= 1.5 and away.mean() < 0.5, (size, away.max())  # of 255; these are rounded twice
+
+
+@pytest.mark.long
+def test_a_program_takes_images_of_any_size_if_it_resizes_them_itself(
+    here: Callable[..., Any], onnx: Any, image_folder: Path
+) -> None:
+    """Also `predict` and `eval` do it then."""
+    random = np.random.default_rng(0)
+    paths = sorted((image_folder / "val").rglob("*.png"))
+    for path in paths:
+        height, width = random.integers(20, 60, 2)
+        Image.open(path).convert("RGB").resize((width, height)).save(path)
+    words = [*SMALL, "model.name=cnn", "model.args.widths=[8,16]", "data.name=image_folder", "train.steps=20"]
+    words += [f"data.root={image_folder}", "data.mean=[0.4]", "data.std=[0.3]"]
+    here(*words, f"data.eval_transform={json.dumps(SHORTER)}")
+    metrics, (rows, _) = evaluate_run("runs/run"), predict("runs/run", paths)
+    done = export("runs/run", "onnx", resize=True)
+    assert done.difference <= 1e-5 and (done.input, done.samples) == ("uint8 [B, 3, H, W]", len(paths))
+    found, errors = predict(done.path, paths)
+    assert not errors
+    for row, wanted in zip(found, rows, strict=True):  # pixels are not rounded
+        assert row["probability"] == pytest.approx(wanted["probability"], abs=0.02)
+    again = evaluate_run(done.path)
+    assert again["eval/loss"] == pytest.approx(metrics["eval/loss"], abs=0.02)
+    for changed, told in (
+        ("[Grayscale]", "takes one Resize into a program, and a CenterCrop"),
+        ("[{Resize: {size: 24}}]", "all images need one size"),
+        ("[{Resize: {size: 24, max_size: 30}}, {CenterCrop: {size: 20}}]", "without a max_size"),
+        ("[{Resize: {size: 12}}, {CenterCrop: {size: 20}}]", "is larger than what Resize leaves"),
+    ):
+        with pytest.raises(UserError, match=told):
+            resized(yaml.safe_load(changed))
 
 
 def test_a_run_may_be_called_as_a_file_is(tmp_path: Path) -> None:

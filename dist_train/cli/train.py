@@ -157,13 +157,17 @@ def export(
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Take uint8 images, and give probabilities.")
     ] = False,
+    resize: Annotated[
+        bool, typer.Option("--resize", help="The same of any size: Resize and CenterCrop are inside.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Write a run's model to one file for other programs, checked on samples of the eval set."""
     with importing():
         from dist_train.tools.export import export
 
-    done = export(run, to, out, preprocess=preprocess, overrides=overrides or [], trust=trust)
+    words = overrides or []
+    done = export(run, to, out, preprocess=preprocess, resize=resize, overrides=words, trust=trust)
     print(f"written: {done.path} ({done.path.stat().st_size / 1e6:.3g} MB)")
     print(f"{done.input} -> {done.output}")
     print(f"checked: off by {done.difference:.1e} at most, on {done.samples} samples of the eval set")

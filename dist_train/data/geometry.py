@@ -32,9 +32,9 @@ class Step(NamedTuple):
 
 def step(name: str, transform: Any) -> Step | None:
     """What does the same as a transform of torchvision.transforms.v2; None where we don't do it."""
-    if name == "Resize" and (mode := _mode(transform)):
+    if name == "Resize" and (mode := mode_of(transform)):
         return Step(0, partial(_resized, size=transform.size, longest=transform.max_size, mode=mode))
-    if name == "RandomResizedCrop" and (mode := _mode(transform)):
+    if name == "RandomResizedCrop" and (mode := mode_of(transform)):
         box = partial(resized_box, scale=transform.scale, ratio=transform.ratio)
         return Step(2 * TRIES + 2, partial(_resized_crop, box=box, size=transform.size, mode=mode))
     if name == "RandomCrop" and transform.padding_mode == "constant" and _is_number(transform.fill):
@@ -151,7 +151,7 @@ def _interpolate(images: torch.Tensor, size: Sequence[int], mode: str) -> torch.
     return F.interpolate(images, size=list(size), mode=mode, antialias=True)
 
 
-def _mode(transform: Any) -> str:
+def mode_of(transform: Any) -> str:
     """The interpolation by its name, if it is one that antialiases whole numbers; else an empty text."""
     name = getattr(transform.interpolation, "value", transform.interpolation)
     name = {2: "bilinear", 3: "bicubic"}.get(name, name)  # Pillow's numbers

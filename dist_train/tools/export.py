@@ -27,6 +27,7 @@ from dist_train.data.normalize import Normalization
 from dist_train.data.order import Part
 from dist_train.exported import NOTES, SUFFIXES
 from dist_train.predict import EVALUATED, check_classes, evaluated
+from dist_train.tools.served import Probabilities, Resized, Scores, resized
 from dist_train.train import Given
 from dist_train.trained import contents, trained
 
@@ -45,47 +46,13 @@ class Exported:
     samples: int  # on which that was measured
 
 
-class Scores(nn.Module):
-    """A model without what it gives beside its scores."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`[B, ...]` -> `[B, K]`, or what else the model gives; of a dict what it calls `out`."""
-        outputs = self.model(inputs)
-        scores: torch.Tensor = outputs["out"] if isinstance(outputs, dict) else outputs
-        return scores
-
-
-class Probabilities(nn.Module):
-    """A model with what is done to images ahead of it, and to its scores after it.
-
-    `[B, C, H, W]` uint8 -> `[B, K]`, or of a segmentation `[B, K, H, W]`.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.scores = Scores(model)
-        self.register_buffer("mean", torch.tensor(list(mean) or [0.0]).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std) or [1.0]).view(-1, 1, 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """The probabilities of the classes."""
-        scores: torch.Tensor = self.scores((images.to(torch.float32) * (1 / 255) - self.mean) / self.std)
-        return scores.softmax(1)
-
-
 def export(
     place: str | Path,
     kind: str,
     out: Path | None = None,
     *,
     preprocess: bool = False,
+    resize: bool = False,
     overrides: Sequence[str] = (),
     given: Given | None = None,
     trust: bool = False,
@@ -98,13 +65,15 @@ def export(
         out: the file; by default one in the current folder that is called as the run.
         preprocess: whether the program takes bytes, uint8 `[B, C, H, W]` as data.eval_transform leaves them,
             and gives probabilities; else it takes normalized float32 and gives the model's scores.
+        resize: whether it takes bytes of any size, does what data.eval_transform does, too, and gives
+            probabilities.
         overrides: `key=value` changes, such as data.root.
         given: used instead of what the configuration names, as in `fit`.
         trust: whether the file may name any object, as `overrides` may.
 
     Raises UserError for what can't be exported so, and RunError where the file computes something else.
     """
-    target, given = _target(place, kind, out), given or Given()
+    target, given, preprocess = _target(place, kind, out), given or Given(), preprocess or resize
     if preprocess and kind == "safetensors":
         raise UserError("--preprocess: a file of safetensors holds weights, and does nothing to images.")
     path, saved = contents(place)
@@ -114,15 +83,21 @@ def export(
     config = evaluated(path, saved, [*overrides, "device=cpu"], objects, trust)
     model = trained(path, saved, config, given.model, trust)
     normalize = Normalization(tuple(config.data.mean), tuple(config.data.std))
-    inputs, are_images = _samples(config, saved, given)
-    normalized = normalize(inputs) if are_images else inputs
+    geometry = resized(config.data.eval_transform) if resize else None
+    inputs, are_images = _samples(config, saved, given, resize)
+    if geometry:
+        normalized = [normalize(geometry(one * 255).div(255)) for one in inputs]
+    else:
+        normalized = [normalize(some) if are_images else some for some in inputs]
     if preprocess:
         _check_bytes(inputs, are_images)
-        served: nn.Module = Probabilities(model, normalize.mean, normalize.std)
+        served: nn.Module = Probabilities(model, normalize.mean, normalize.std, geometry)
     else:
         served, inputs = Scores(model), normalized
-    example = torch.zeros(2, *inputs.shape[1:], dtype=torch.uint8 if preprocess else inputs.dtype)
+    example = torch.zeros(2, *inputs[0].shape[1:], dtype=torch.uint8 if preprocess else inputs[0].dtype)
     notes = _notes(saved, kind, preprocess, example)
+    if resize:
+        notes |= {"input": f"uint8 [B, {example.shape[1]}, H, W]", "resizing": "inside"}
     part = target.with_name(f"part-{os.getpid()}-{target.name}")
     try:
         with _refused(kind):
@@ -142,7 +117,7 @@ def export(
         raise UserError(f"--out: {target} can't be written: {error.strerror}.") from None
     finally:
         part.unlink(missing_ok=True)
-    return Exported(target, notes["input"], notes["output"], difference, len(inputs))
+    return Exported(target, notes["input"], notes["output"], difference, sum(map(len, inputs)))
 
 
 def _target(place: str | Path, kind: str, out: Path | None) -> Path:
@@ -178,12 +153,17 @@ def _name(part: Path, target: Path) -> None:
         part.rename(target)
 
 
-def _samples(config: Config, saved: dict[str, Any], given: Given) -> tuple[torch.Tensor, bool]:
-    """Inputs `[N, ...]` from all over the eval set, images not normalized yet; and whether they are images.
+def _samples(
+    config: Config, saved: dict[str, Any], given: Given, as_they_are: bool
+) -> tuple[list[torch.Tensor], bool]:
+    """Inputs from all over the eval set, images not normalized yet; and whether they are images.
 
-    Raises UserError where a sample is more than one tensor.
+    They come as one `[1, ...]` and all others `[N, ...]`, since a program that knows one size only would
+    fail; or `as_they_are`, without transforms, each `[1, C, H, W]`. Raises UserError where a sample is more
+    than one tensor.
     """
-    config = replace(config, data=replace(config.data, mean=[], std=[]))
+    options = replace(config.data, mean=[], std=[])
+    config = replace(config, data=replace(options, eval_transform=[]) if as_they_are else options)
     first = given.train_data if given.eval_data is None else given.eval_data
     sets = data.build(config, *data.opened(config, first, given.eval_data))
     check_classes(sets, saved)
@@ -191,15 +171,19 @@ def _samples(config: Config, saved: dict[str, Any], given: Given) -> tuple[torch
     places = np.linspace(0, len(sets.eval) - 1, count).astype(int)
     if sets.eval.source.groups() is not None:  # such as shards, which are mixed already, and read as a whole
         places = np.arange(count)
-    inputs = sets.eval.batches([Part(0, 0, places, count, count)])[0].to(torch.device("cpu")).inputs
-    if not isinstance(inputs, torch.Tensor):
+    groups = np.split(places, range(1, count)) if as_they_are else [places]
+    parts = [Part(0, 0, group, len(group), len(group)) for group in groups]
+    found = [batch.to(torch.device("cpu")).inputs for batch in sets.eval.batches(parts)]
+    if not isinstance(found[0], torch.Tensor):
         raise UserError("data: a sample has several inputs; only models of one tensor [B, ...] are exported.")
-    return inputs, sets.eval.transform is not None
+    if not as_they_are:
+        found = [some for some in (found[0][:1], found[0][1:]) if len(some)]
+    return found, sets.eval.transform is not None
 
 
-def _check_bytes(inputs: torch.Tensor, are_images: bool) -> None:
+def _check_bytes(inputs: list[torch.Tensor], are_images: bool) -> None:
     """Raises UserError unless the inputs were images of 8 bits."""
-    if not are_images or not torch.equal((inputs * 255).round() * (1 / 255), inputs):
+    if not are_images or not all(torch.equal((some * 255).round() * (1 / 255), some) for some in inputs):
         raise UserError("--preprocess: takes images of 8 bits, and these inputs are none; leave it out.")
 
 
@@ -236,17 +220,15 @@ def _is_text(example: torch.Tensor) -> bool:
     return example.ndim == 2 and not example.is_floating_point()
 
 
-def _difference(
-    one: tuple[nn.Module, torch.Tensor], other: tuple[nn.Module, torch.Tensor], probabilities: bool
-) -> float:
-    """How far outputs are apart that two models give, each for its inputs; of the largest if above 1.
+Batches = tuple[nn.Module, list[torch.Tensor]]  # a model, and what it is given
 
-    In batches of one and of all others: a program that knows one size only would fail.
-    """
+
+def _difference(one: Batches, other: Batches, probabilities: bool) -> float:
+    """How far outputs are apart that two models give, each for its batches; of the largest if above 1."""
     outputs = []
     for model, inputs in (one, other):
         with torch.no_grad():
-            given = torch.cat([Scores(model)(some) for some in (inputs[:1], inputs[1:]) if len(some)])
+            given = torch.cat([Scores(model)(some) for some in inputs])
         outputs.append(given.softmax(1) if probabilities else given)
     expected, found = outputs
     return float((expected - found).abs().max() / expected.abs().max().clamp_min(1))
@@ -268,7 +250,8 @@ def _refused(kind: str) -> Iterator[None]:
 
 
 def _write_weights(model: nn.Module, example: torch.Tensor, path: Path, notes: dict[str, str]) -> None:
-    checkpoint.save_weights(path, model.state_dict(), notes)
+    if lost := checkpoint.save_weights(path, model.state_dict(), notes):
+        raise ValueError(f"what it keeps as {lost[0]} is more than plain values")
 
 
 def _write_torch(model: nn.Module, example: torch.Tensor, path: Path, notes: dict[str, str]) -> None:
@@ -280,7 +263,7 @@ def _write_onnx(model: nn.Module, example: torch.Tensor, path: Path, notes: dict
         _traced(model, example),
         input_names=["inputs"],
         output_names=[notes["output"]],
-        dynamic_shapes=({axis: dim.__name__ for axis, dim in _dims(example).items()},),  # their names
+        dynamic_shapes=({axis: dim.__name__ for axis, dim in _dims(model, example).items()},),  # their names
         dynamo=True,
         verbose=False,
     )
@@ -294,10 +277,16 @@ WRITERS = {"safetensors": _write_weights, "torch.export": _write_torch, "onnx": 
 
 def _traced(model: nn.Module, example: torch.Tensor) -> ExportedProgram:
     """The program of a model for any number of samples."""
-    return torch.export.export(model.eval(), (example,), dynamic_shapes=(_dims(example),), strict=False)
+    return torch.export.export(
+        model.eval(), (example,), dynamic_shapes=(_dims(model, example),), strict=False
+    )
 
 
-def _dims(example: torch.Tensor) -> dict[int, Any]:
-    """Which axes have any length: that of samples, and of texts that of symbols, up to the example's."""
-    length = {1: Dim("length", min=1, max=example.shape[1])} if _is_text(example) else {}
-    return {0: Dim("batch", min=1)} | length
+def _dims(model: nn.Module, example: torch.Tensor) -> dict[int, Any]:
+    """Which axes have any length: that of samples, of texts that of symbols, up to the example's, and those
+    of images that are resized.
+    """
+    further = {1: Dim("length", min=1, max=example.shape[1])} if _is_text(example) else {}
+    if isinstance(getattr(model, "resized", None), Resized):
+        further = {2: Dim("height", min=2), 3: Dim("width", min=2)}
+    return {0: Dim("batch", min=1)} | further
