@@ -2,6 +2,7 @@
 
 train.py   train a model, and use it
 tools.py   look at a job, its data and its steps
+see.py     see what runs have recorded
 cluster.py submit jobs, and see what has become of them
 """
 
@@ -20,9 +21,9 @@ from dist_train.config.schema import all_keys
 from dist_train.console import flush, is_main
 
 # In the order of the help.
-from dist_train.cli import train, tools, cluster  # isort: skip
+from dist_train.cli import train, tools, see, cluster  # isort: skip
 
-__all__ = ["app", "cluster", "main", "tools", "train"]
+__all__ = ["app", "cluster", "main", "see", "tools", "train"]
 
 
 def main() -> None:

@@ -199,7 +199,10 @@ function chart(figure) {
       ],
       series: [{}, ...lines()],
       cursor: {
-        focus: { prox: curves.length > 1 ? 24 : -1 }, y: false, drag: { x: true, y: false },
+        focus: {
+          prox: curves.length > 1 ? 24 : -1,
+          dist: (u, i, at, here, cursor) => (u.series[i].faint ? Infinity : Math.abs(here - cursor)),
+        }, y: false, drag: { x: true, y: false },
         dataIdx: (u, i, index) => {
           const at = i ? nearest(u.data[i], index) : index;
           const away = at == null ? Infinity : Math.abs(u.valToPos(u.data[0][at], "x") - u.valToPos(u.data[0][index], "x"));

@@ -21,6 +21,9 @@ HERE = Path(__file__).parent
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
+LONG = 40  # characters of a cell that may be broken into lines
+
+
 class Html(str):
     """Text that is HTML already; all other text is escaped."""
 
@@ -159,7 +162,12 @@ def shown(value: Any) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f'<td class="number" data-value="{value!r}">{escape(shown(value))}</td>'
-    return f"<td>{escape(shown(value))}</td>"
+    long = (
+        ' class="long"'
+        if isinstance(value, str) and len(value) > LONG and not isinstance(value, Html)
+        else ""
+    )
+    return f"<td{long}>{escape(shown(value))}</td>"
 
 
 def _base64(data: bytes) -> str:

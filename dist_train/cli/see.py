@@ -1,0 +1,44 @@
+"""Commands that show what runs have recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_train.cli.app import app
+from dist_train.importing import importing
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders of runs, folders of such, globs; wandb:ENTITY/PROJECT/ID.", show_default=False
+        ),
+    ],
+    metric: Annotated[
+        str, typer.Option(help="As 'eval/accuracy' or 'max eval/accuracy'; by default what chooses the best.")
+    ] = "",
+    x: Annotated[str, typer.Option(help="step, time, samples or epoch.")] = "step",
+    smooth: Annotated[
+        float, typer.Option(help="Weight of what came before in a moving average, as 0.9.")
+    ] = 0.0,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="Write a page (.html), a picture (.png) or a table (.csv).")
+    ] = None,
+) -> None:
+    """Compare runs: what differs in their configurations, what came of it, and which is better."""
+    with importing():
+        from dist_train.tools.compare import files, groups, show
+        from dist_train.tools.compare.runs import find
+
+    for path in out or []:
+        files.check(path)
+    comparison = groups.compare(find(runs), metric, x, smooth)
+    show.show(comparison)
+    for path in out or []:
+        files.write(comparison, path)
+        print(f"written: {path}")
