@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bdb
 from pathlib import Path
 from typing import Annotated
 
@@ -130,13 +131,23 @@ def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],
     output: Annotated[Path | None, typer.Option(help="Draw the images to this PNG file.")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Show what modules of this name, or pattern, give; repeatable."),
+    ] = None,
+    until: Annotated[
+        bool, typer.Option("--until", help="Stop just before the step, in Python's debugger.")
+    ] = False,
     trust: Trust = False,
 ) -> None:
-    """Rebuild a step on one CPU: its samples as the model saw them, and each one's loss."""
+    """Rebuild a step on one CPU: samples, losses, gradients, and the first number that is not finite."""
     with importing():
         from dist_train.tools import replay as replaying
 
-    replayed = replaying.replay(run, step, trust)
+    try:
+        replayed = replaying.replay(run, step, trust, replaying.Look(tuple(layer or ()), until))
+    except bdb.BdbQuit:  # the user has left the debugger
+        return
     print(replaying.table(replayed))
     if output:
         replaying.picture(replayed, output)

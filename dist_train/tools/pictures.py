@@ -21,7 +21,7 @@ MOST_NAMES, MOST_NUMBERS = 100, 30  # classes of a confusion matrix that still h
 def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
     """Draws rows of (image `[C, H, W]`, title). Values are from 0 to 1; a row that goes beyond is scaled.
 
-    Raises UserError for what is no image, and if the file can't be written.
+    Those that are not finite are magenta. Raises UserError for what is no image, and if it can't be written.
     """
     import matplotlib
 
@@ -29,14 +29,17 @@ def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
     import matplotlib.pyplot as plt
 
     columns = max(map(len, rows))
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.5 * columns, 1.7 * len(rows)), squeeze=False, layout="constrained"
-    )
+    lines = max(title.count("\n") for row in rows for _, title in row)  # besides the first one
+    size = (1.5 * columns, (1.6 + 0.15 * lines) * len(rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for line, pictures in zip(axes, rows, strict=True):
-        for axis, image, (_, title) in zip(line, _visible(pictures), pictures, strict=False):
+        for axis, image, (given, title) in zip(line, _visible(pictures), pictures, strict=False):
             axis.imshow(image.numpy(), cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
+            broken = ~given.isfinite().all(0)
+            if broken.any():
+                axis.imshow((broken[..., None] * torch.tensor([1.0, 0.0, 1.0, 1.0])).numpy())
             axis.set_title(title, fontsize=8, parse_math=False)
     _save(figure, output)
 

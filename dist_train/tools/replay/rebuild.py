@@ -1,4 +1,4 @@
-"""Replay: any step of any run, rebuilt on one CPU.
+"""A step of a run is done again: the state before it, its batches, and what is looked at meanwhile.
 
 A checkpoint before the step, or else the seed, gives the weights; the step number gives all the rest. What
 N ranks did with M micro-batches each, one process does with N x M, by the same random numbers.
@@ -10,59 +10,40 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_train import checkpoint, data, models, runtime, tasks
 from dist_train import state as states
-from dist_train.config import Config, UserError, completed, counted, from_file, printable
+from dist_train.config import Config, UserError, completed, counted, from_file, nearest
+from dist_train.data import Batch
 from dist_train.distill import taught
-from dist_train.learner import Learner
+from dist_train.learner import Learner, Step
 from dist_train.models import weights
-from dist_train.nested import map_tensors
 from dist_train.optim import rates
 from dist_train.record.history import read_attempts, read_metrics, read_status
 from dist_train.runtime import Runtime
 from dist_train.state import State
-from dist_train.tasks import wide
-from dist_train.tools.pictures import write_grid
-from dist_train.tree import tree_sum
+from dist_train.tools.replay import step as steps
+from dist_train.tools.replay.step import Replayed
+from dist_train.tools.trace import Trace
 
-COLUMNS = 8
-MOST_NUMBERS = 100  # of a target that is shown
-MOST_CLASSES = 4  # in a mixture that is shown by their names
 REPLAYED = ("data.", "model.", "task.", "optim.", "schedule.", "train.", "eval.", "seed", "precision",
             "channels_last", "checkpoint.best", "deterministic", "threads", "on_nonfinite",
             "max_skips")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A sample of the step as the model saw it."""
+class Look:
+    """What to look at in a step, besides its samples."""
 
-    rank: int
-    sample: int
-    path: str
-    label: str
-    loss: float
-    image: torch.Tensor | None  # [C, H, W]; None where inputs are no images
+    layers: tuple[str, ...] = ()  # patterns of names of modules
+    until: bool = False  # whether to stop before it, in a debugger
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """What a step did."""
-
-    start: str  # what it was rebuilt from
-    samples: list[Seen]
-    loss: float  # mean over the global batch
-    gradients: dict[str, float]  # norm of the gradient of each weight, before clipping
-
-
-def replay(run: Path, step: int, trust: bool = False) -> Replayed:
+def replay(run: Path, step: int, trust: bool = False, look: Look | None = None) -> Replayed:
     """Rebuilds optimizer step `step`, counted from 1 as in metrics.jsonl, of the run in folder `run`.
 
     Each step is done as the attempt did it that came to it last: with its configuration, and its parts of
@@ -70,8 +51,9 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
 
     Args:
         trust: whether the run's files may name any object, which is imported and called.
+        look: what to look at besides.
 
-    Raises UserError where there is no such run or step.
+    Raises UserError where there is no such run or step, and where `look` names no module of the model.
     """
     attempts = _attempts(run)
     start = checkpoint.newest_good(run / "checkpoints", lambda text: None, before=step)
@@ -95,7 +77,9 @@ def replay(run: Path, step: int, trust: bool = False) -> Replayed:
         ranks = runtime.start(config)
         try:
             with nullcontext() if trust else models.no_larger(_size(run), str(run)):
-                replayed, saved = _steps(config, ranks, saved, done, attempts[number]["processes"])
+                wanted = look if look and done == step else Look()
+                processes = attempts[number]["processes"]
+                replayed, saved = _steps(config, ranks, saved, done, processes, wanted)
         finally:
             runtime.stop(ranks.accelerator)
         if done == step:
@@ -131,7 +115,12 @@ def _size(run: Path) -> int:
 
 
 def _steps(
-    config: Config, ranks: Runtime, saved: dict[str, Any] | None, stop: int, world_size: int
+    config: Config,
+    ranks: Runtime,
+    saved: dict[str, Any] | None,
+    stop: int,
+    world_size: int,
+    look: Look,
 ) -> tuple[Replayed, dict[str, Any]]:
     """Goes on from `saved`, or else from the seed, to step `stop`; what that step did, and the new state."""
     sets = data.build(config)
@@ -151,22 +140,36 @@ def _steps(
     while learner.step < stop - 1:
         share = schedule(learner.step, evaluations(learner.step))
         learner.train_step(islice(feed, learner.per_rank), share)
-    parts = list(islice(feed, learner.per_rank))
-    done = learner.train_step(parts, schedule(learner.step, evaluations(learner.step)), with_norm=True)
+    batches = list(islice(feed, learner.per_rank))
+    share = schedule(learner.step, evaluations(learner.step))
+    before = steps.weight_norms(learner.model)
+    done, trace = _last(learner, batches, share, look)
     state.history = evaluations(learner.step)
-    trained = set(map(id, learner.parallel.weights))
-    names = [name for name, weight in learner.model.named_parameters() if id(weight) in trained]
-    norms = [float(torch.linalg.vector_norm(rows)) for rows in done.row_norms]
-    gradients = dict(zip(names, norms, strict=True))
     per_rank = max(1, learner.parts // world_size)
-    samples = [
-        seen
-        for batch, (values, weights) in zip(parts, done.losses, strict=True)
-        for seen in _seen(sets, batch, _each_sample(values, weights).tolist(), batch.part.number // per_rank)
-    ]
-    weight, summed = tree_sum([wide(sums) for sums in done.sums])[:2].tolist()
-    loss = summed / weight if weight else math.nan
-    return Replayed("", samples, loss, gradients), states.to_dict(config, state, sets)
+    replayed = steps.replayed(sets, learner, batches, done, trace, per_rank)
+    layers = steps.layers(learner.model, replayed.gradients, before)
+    return replace(replayed, layers=layers), states.to_dict(config, state, sets)
+
+
+def _last(learner: Learner, batches: list[Batch], share: float, look: Look) -> tuple[Step, Trace]:
+    """The step itself, and what its modules did."""
+    model, batch = learner.model, batches[0]
+    names = [name for name, _ in model.named_modules()]
+    for pattern in look.layers:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"--layer: no part of the model is named like '{pattern}'{nearest(pattern, names)}."
+            )
+    trace = Trace(learner, lambda call: any(fnmatchcase(call.name, pattern) for pattern in look.layers))
+    if look.until:
+        size = f"{counted(batch.part.size, 'sample')} of part {batch.part.number}"
+        print(
+            f"before step {learner.step + 1:,}: here are model, learner, batches, share, and batch, {size};"
+        )
+        print("n takes the step, s goes into it, c goes on to the end, q leaves")
+        breakpoint()
+    done = learner.train_step(trace.parts(batches), share, with_norm=True)
+    return done, trace
 
 
 def _evaluations(run: Path, state: State) -> Callable[[int], dict[str, list[float]]]:
@@ -205,67 +208,3 @@ def _on_one_cpu(attempt: dict[str, Any], run: Path, trust: bool) -> Config:
         compile=False,
         train=replace(config.train, accumulate=1, parts=parts),
     )
-
-
-def _each_sample(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """The loss of each sample `[B]`; 0 where nothing of it weighs anything."""
-    if weights is None:
-        return values
-    total = weights.reshape(len(weights), -1).sum(1)
-    summed = (values * weights).reshape(len(weights), -1).sum(1)
-    return torch.where(total > 0, summed / total, 0)
-
-
-def _seen(sets: data.Data, batch: data.Batch, losses: list[float], rank: int) -> list[Seen]:
-    seen = []
-    for place, index in enumerate(batch.part.indices[: batch.part.size].tolist()):
-        inputs = map_tensors(itemgetter(place), batch.inputs)
-        is_image = sets.train.transform is not None and isinstance(inputs, torch.Tensor)
-        label = _label(map_tensors(itemgetter(place), batch.targets), sets.classes)
-        path = sets.known(index).get("path", "")
-        seen.append(Seen(rank, index, path, label, losses[place], inputs if is_image else None))
-    return seen
-
-
-def _label(target: Any, classes: list[str]) -> str:
-    """A target in a word: the name of a class, numbers, or nothing for what is too long."""
-    if not isinstance(target, torch.Tensor):
-        return ""
-    if classes and target.ndim == 0:
-        return classes[int(target)]
-    if target.is_floating_point() and target.shape == (len(classes),):  # a class, or a mixture of them
-        parts = [(share, name) for share, name in zip(target.tolist(), classes, strict=True) if share]
-        if len(parts) <= MOST_CLASSES:
-            return " + ".join(name if share == 1 else f"{share:.2g} {name}" for share, name in parts)
-    if target.numel() > MOST_NUMBERS:
-        return ""
-    return str(target.tolist())
-
-
-def table(replayed: Replayed) -> str:
-    """The samples as lines of text, the greatest loss first, and whether the gradient is finite."""
-    lines = [
-        f"from {replayed.start}: loss {replayed.loss:.9g} over {counted(len(replayed.samples), 'sample')}"
-    ]
-    order = sorted(replayed.samples, key=lambda seen: math.inf if math.isnan(seen.loss) else seen.loss)
-    for seen in reversed(order):
-        place = f"rank {seen.rank}  sample {seen.sample:>8}"
-        lines.append(
-            f"{place}  loss {seen.loss:<12.6g} {printable(seen.label)}  {printable(seen.path)}".rstrip()
-        )
-    broken = [name for name, norm in replayed.gradients.items() if not math.isfinite(norm)]
-    if broken:
-        lines.append(f"the gradient is not finite: {', '.join(broken)}")
-    else:
-        norm = sum(value**2 for value in replayed.gradients.values()) ** 0.5
-        lines.append(f"the gradient is finite, its norm {norm:.6g}")
-    return "\n".join(lines)
-
-
-def picture(replayed: Replayed, output: Path) -> None:
-    """Draws the samples as the model saw them, in the order of ranks."""
-    drawn = [(seen.image, f"{seen.label}\n{seen.loss:.3g}") for seen in replayed.samples]
-    cells = [(image, title) for image, title in drawn if image is not None]
-    if not cells:
-        raise UserError("the inputs of this run are no images, so they can't be drawn.")
-    write_grid([cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)], output)
