@@ -1,18 +1,25 @@
-"""Any step of any run can be rebuilt on one CPU."""
+"""Any step of any run can be rebuilt on one CPU, and looked at."""
 
 from __future__ import annotations
 
+import math
+import os
+import pdb
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from dist_train.cli import main
 from dist_train.config import UserError
 from dist_train.record.history import read_metrics
-from dist_train.tools.replay import replay
+from dist_train.tools.replay import Look, replay
 from tests.processes import Finished
-from tests.worlds import SMALL
+from tests.worlds import SMALL, write_npz
 
 WORDS = [*SMALL, "data.name=image_folder", "data.root=images", "log.every=1", "model.args.dropout=0.3",
          "data.train_transform=[RandomHorizontalFlip,{RandomCrop: {size: 8, padding: 2}}]", "eval.every=5",
@@ -108,3 +115,72 @@ def test_what_cannot_be_replayed_is_told(
     here(*small)
     with pytest.raises(UserError, match=told):
         replay(Path("runs") / run, step)
+
+
+# --- looking at a step -----------------------------------------------------------------------------
+
+PLAIN = [*SMALL, "log.every=1", "checkpoint.every=1", "train.steps=4"]
+
+
+def test_what_a_step_did_is_shown_and_no_number_changes_by_looking(
+    here: Callable[..., Any], tmp_path: Path
+) -> None:
+    write_npz(tmp_path)
+    model = ["model.name=cnn", "model.args.widths=[4,8]", "train.accumulate=2", "optim.lr=0.01"]
+    here(*PLAIN, *model, "train.clip_norm=1e9", "eval.every=4")
+    run = tmp_path / "runs/run"
+    row = next(row for row in read_metrics(run) if row["step"] == 3 and "train/loss" in row)
+    seen = replay(run, 3, look=Look(("2", "4")))
+    assert seen.loss == row["train/loss"]
+    norm = math.hypot(*(layer.gradient for layer in seen.layers))
+    assert norm == pytest.approx(row["train/grad_norm"], rel=1e-5)
+    assert [layer.name for layer in seen.layers] == ["0", "1", "3", "5", "7", "8", "13"]
+    kind, numbers = seen.activations["2"]
+    assert kind == "GELU" and numbers.count == 16 * 4 * 4 * 4 and numbers.shape == (8, 4, 4, 4)
+    assert -0.2 < numbers.low < 0 < numbers.mean < numbers.high and numbers.broken == 0
+    assert {each.prediction for each in seen.samples} <= {"0", "1", "2"}
+    assert all(1 / 3 <= each.probability <= 1 for each in seen.samples)
+    with pytest.raises(UserError, match="--layer: no part of the model is named like 'blocks'"):
+        replay(run, 3, look=Look(("blocks",)))
+
+
+def test_statistics_are_those_of_the_numbers(here: Callable[..., Any], tmp_path: Path) -> None:
+    write_npz(tmp_path)
+    here(*PLAIN, "train.steps=1")
+    whole = replay(tmp_path / "runs/run", 1, look=Look(("0", "1", "2")))
+    images = torch.cat([each.image.flatten() for each in whole.samples if each.image is not None]).double()
+    _, numbers = whole.activations["0"]
+    assert numbers.mean == pytest.approx(float(images.mean()))
+    assert numbers.std == pytest.approx(float(images.std(correction=0)))
+    assert (numbers.low, numbers.high) == (float(images.min()), float(images.max()))
+    assert numbers.zeros == int((images == 0).sum())
+    relu = whole.activations["2"][1]
+    assert relu.low == 0 and 0.2 < relu.zeros / relu.count < 0.8
+
+
+@pytest.mark.parametrize("end", ["c", "q"])
+def test_a_debugger_stops_before_the_step_with_model_batch_and_learner_in_reach(
+    end: str,
+    here: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_npz(tmp_path)
+    here(*PLAIN)
+    loss = next(row["train/loss"] for row in read_metrics(tmp_path / "runs/run") if row["step"] == 3)
+    reading, writing = os.pipe()  # pipe commands into it, as a script does
+    lines = f"p learner.step, tuple(batch.inputs.shape), type(model).__name__, len(batches), share\n{end}\n"
+    os.write(writing, lines.encode())
+    os.close(writing)
+    monkeypatch.setattr(sys, "argv", ["dist-train", "replay", "runs/run", "3", "--until", "--layer", "1"])
+    # As Python does where pytest has not put a debugger of its own.
+    monkeypatch.setattr(sys, "breakpointhook", lambda: pdb.Pdb().set_trace(sys._getframe(1)))
+    capsys.readouterr()
+    with os.fdopen(reading, encoding="utf-8") as stdin, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        main()
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "before step 3" in out and "(2, (16, 1, 8, 8), 'Sequential', 1, 1.0)" in out
+    assert (f"loss {loss:.9g}" in out) == ("activations of" in out) == (end == "c")
