@@ -2,7 +2,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 # Test files that run at a time: most tests wait more than they compute.
-JOBS ?= 2
+JOBS ?= 3
 BIN := .venv/bin
 
 # All checks, whatever fails; arguments for pytest.
@@ -14,20 +14,23 @@ checked = failed=0; \
 	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(1) $(ARGS); \
 	exit $$failed
 
-.PHONY: help train test test-all test-gpu lint format docs bench clean
+.PHONY: help train test test-all test-nightly test-gpu lint format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 train: .venv/installed ## Install what is missing and train configs/quickstart.yaml (or CONFIG=...)
 	$(BIN)/dist-train train $(CONFIG)
 
 test: .venv/installed-dev ## Check what most changes can break: format, lint, types, tests (ARGS="-k resume" goes to pytest)
-	@$(call checked,-m "not long and not slow and not slurm")
+	@$(call checked,-m "not long and not slow and not slurm and not nightly")
 
-test-all: .venv/installed-dev ## Check everything: also long matrices, faults, a real Slurm, the recipes' accuracy
-	@$(call checked,)
+test-all: .venv/installed-dev ## Check every guarantee: also long matrices, faults, a real Slurm, every command in the docs
+	@$(call checked,-m "not nightly")
+
+test-nightly: .venv/installed-dev ## Measure in full what test-all checks in short: all faults, a recipe's accuracy, the whole table
+	@$(call checked,-m nightly)
 
 test-gpu: .venv/installed-dev ## Check the guarantees on this machine's GPUs; without one all is skipped
 	$(BIN)/python -m pytest tests/gpu $(ARGS)

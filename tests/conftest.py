@@ -36,8 +36,8 @@ from tests.worlds import (
 Process = subprocess.Popen[str] | warm.Process
 
 
-# They take minutes, of one CPU or of waiting for Slurm: others run beside them.
-FIRST = ["test_accuracy.py", "test_training.py", "test_docs.py"]
+# They take minutes, of one CPU or of waiting for Slurm and launchers: others run beside them.
+FIRST = ["test_training.py", "test_docs.py", "test_watchdog.py", "test_accuracy.py", "test_verify.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,34 +98,29 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
-ONE_AFTER_THE_OTHER = """
-import contextlib, io, json, os, sys, traceback
-from dist_train import cli
-
-for folder, arguments in json.load(sys.stdin):
-    os.chdir(folder)
-    sys.argv, code, out, err = ["dist-train", *arguments], 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-
 def one_after_the_other(jobs: Sequence[tuple[Path, Sequence[Any]]], timeout: float = 300) -> list[Finished]:
-    """(folder, arguments of dist-train) of many commands, run by one process: torch is slow to start."""
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_AFTER_THE_OTHER],
-        input=json.dumps([[str(folder), list(map(str, words))] for folder, words in jobs]),
-        env=environment(PYTHONDONTWRITEBYTECODE=1),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert (done.returncode, done.stderr) == (0, ""), done
-    return [Finished(*json.loads(line)) for line in done.stdout.splitlines()]
+    """(folder, arguments of dist-train) of many commands, run by one process."""
+    with tempfile.TemporaryDirectory() as name:
+        said, told = Path(name, "said"), Path(name, "told")
+        words = [(str(folder), list(map(str, arguments))) for folder, arguments in jobs]
+        process = warm.Process([_run_all, words], Path(name), environment(), said, told)
+        done = finish(process, timeout)
+    assert (done.rc, done.err) == (0, ""), done
+    return [Finished(*json.loads(line)) for line in done.out.splitlines()]
+
+
+def _run_all(jobs: Sequence[tuple[str, list[str]]]) -> None:
+    from dist_train import cli
+
+    for folder, arguments in jobs:
+        os.chdir(folder)
+        sys.argv, code, out, err = ["dist-train", *arguments], 0, io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+        print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)

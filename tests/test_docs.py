@@ -13,15 +13,19 @@ What a page says to the test:
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import io
 import json
 import re
 import shlex
 import shutil
+import socket
 import socketserver
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
@@ -177,7 +181,7 @@ def make_tree(parent: Path, server: str) -> Path:
         recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
     programs = top / ".venv/bin"
     programs.mkdir(parents=True)
-    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").write_text(PYTHON.format(programs=programs, python=shlex.quote(sys.executable)))
     (programs / "dist-train").write_text(DIST_TRAIN.format(python=sys.executable, server=server))
     for name in ("python", "dist-train"):
         (programs / name).chmod(0o755)
@@ -186,6 +190,12 @@ def make_tree(parent: Path, server: str) -> Path:
         (top / ".venv" / stamp).touch()
     return top
 
+
+# Scripts are forked, too.
+PYTHON = """#!/bin/sh
+case "$1" in *.py) exec {programs}/dist-train "$@" ;; esac
+exec {python} "$@"
+"""
 
 # The program, forked from a process that has imported torch, which takes seconds.
 DIST_TRAIN = """#!{python} -ISu
@@ -242,46 +252,54 @@ def run_bash(block: Block, tree: Path) -> tuple[int, str]:
 class Session:
     """A Python session that runs blocks one after the other, as a reader does who types them in."""
 
-    CODE = """
-import contextlib, io, json, sys, traceback
-space = {"__name__": "__main__"}
-for line in sys.stdin:
-    printed, failed = io.StringIO(), False
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        try:
-            exec(compile(json.loads(line), "<block>", "exec"), space)
-        except BaseException:
-            failed = True
-            traceback.print_exc()
-    print(json.dumps([failed, printed.getvalue()]), flush=True)
-"""
-
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self.process: subprocess.Popen[str] | None = None
+        self.process: warm.Process | None = None
 
     def run(self, code: str) -> tuple[int, str]:
         """The exit code that the block would have as a program, and what it printed."""
         if self.process is None:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", self.CODE], cwd=self.tree, env=variables(self.tree), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
-        assert self.process.stdin and self.process.stdout
+            self._start()
         timer = threading.Timer(SECONDS, kill, [self.process])
         timer.start()
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
+        self.stream.write(json.dumps(code) + "\n")
+        self.stream.flush()
+        answer = self.stream.readline()
         timer.cancel()
         failed, printed = json.loads(answer or '[true, "the session ended"]')
         return int(failed), printed
+
+    def _start(self) -> None:
+        place, said = (str(self.tree.parent / name) for name in ("session", "said"))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(place)
+            listener.listen()
+            listener.settimeout(SECONDS)
+            self.process = warm.Process([converse, place], self.tree, variables(self.tree), said, said)
+            connection, _ = listener.accept()
+        self.stream = connection.makefile("rw", encoding="utf-8")
 
     def close(self) -> None:
         """Ends the session."""
         if self.process:
             kill(self.process)
-            self.process.communicate()
+            self.process.wait()
+
+
+def converse(place: str) -> None:
+    """Runs the blocks that come from a socket, in one namespace; answers with failure and output of each."""
+    space = {"__name__": "__main__"}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(place)
+        for line in connection.makefile(encoding="utf-8"):
+            printed, failed = io.StringIO(), False
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                try:
+                    exec(compile(json.loads(line), "<block>", "exec"), space)
+                except BaseException:
+                    failed = True
+                    traceback.print_exc()
+            connection.sendall(json.dumps([failed, printed.getvalue()]).encode() + b"\n")
 
 
 def check_unrun(block: Block, tree: Path) -> None:

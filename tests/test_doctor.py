@@ -46,6 +46,7 @@ def test_a_machine_that_can_train_is_told_to(cli: Callable[..., Finished], tmp_p
     assert list(tmp_path.iterdir()) == []  # nothing is left behind, no empty runs/ either
 
 
+@pytest.mark.long
 def test_what_makes_training_impossible_is_exit_code_1(cli: Callable[..., Finished], tmp_path: Path) -> None:
     no_card = {"GLOO_SOCKET_IFNAME": "nocard0", "NCCL_SOCKET_IFNAME": "nocard0"}
     result = cli("doctor", "--runs", "/proc/runs", env={**no_card, "HOME": tmp_path})

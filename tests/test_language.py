@@ -7,8 +7,6 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ from dist_train.record.history import read_metrics
 from dist_train.tasks import Language
 from dist_train.tools.generate import continue_prompt
 from tests.distributed import ranks as jobs
-from tests.processes import REPO, environment
+from tests.processes import REPO, Finished
 
 RECIPE = [
     "data.name=text", "data.root=texts", "data.args.context=32", "data.args.eval_files=held.txt",
@@ -136,7 +134,9 @@ def test_loss_and_metrics_are_those_of_a_bare_loop() -> None:
     assert report["accuracy"] == right / 19
 
 
-def test_a_language_model_learns_and_goes_on_with_a_prompt_the_same_way(texts: Path) -> None:
+def test_a_language_model_learns_and_goes_on_with_a_prompt_the_same_way(
+    texts: Path, cli: Callable[..., Finished]
+) -> None:
     folder = texts.parent
     jobs.train(folder, *RECIPE, "train.steps=150", "model.args.dropout=0")
     rows = [row for row in read_metrics(folder / "runs/run") if "eval/bits_per_byte" in row]
@@ -146,14 +146,10 @@ def test_a_language_model_learns_and_goes_on_with_a_prompt_the_same_way(texts: P
     assert one == two
     assert one.startswith("The licen")
     assert continue_prompt(run, "The licen", length=20, seed=4) != one
-    command = [sys.executable, "-m", "dist_train", "predict", str(run), "The licen", "--length", "20"]
-    printed = [
-        subprocess.run([*command, "--seed", "3"], env=environment(), capture_output=True, text=True)
-        for _ in range(2)
-    ]
-    assert printed[0].returncode == 0, printed[0].stderr
-    assert printed[0].stdout == printed[1].stdout
-    assert printed[0].stdout.startswith("The licen")
+    printed = [cli("predict", run, "The licen", "--length", "20", "--seed", "3") for _ in range(2)]
+    assert printed[0].rc == 0, printed[0]
+    assert printed[0].out == printed[1].out
+    assert printed[0].out.startswith("The licen")
     model, saved = load_model(run)
     assert isinstance(model, GPT)
     assert saved["sample_shape"] == [32]

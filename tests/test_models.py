@@ -39,13 +39,27 @@ def regnets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockParams, "from_init_params", with_values)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.usefixtures("regnets")
 @pytest.mark.parametrize(("channels", "names"), [(1, CLASSIFIERS), (3, CLASSIFIERS[::5])], ids=["1", "3"])
 def test_every_classifier_of_torchvision_takes_our_channels_and_gives_our_classes(
     channels: int, names: list[str]
 ) -> None:
+    """In short: the test below."""
     assert len(CLASSIFIERS) > 75
+    check_shapes(names, channels)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("regnets")
+def test_a_classifier_of_each_family_takes_our_channels_and_gives_our_classes() -> None:
+    families = {re.match("[a-z]+", name)[0]: name for name in reversed(CLASSIFIERS)}  # type: ignore[index]
+    assert len(families) > 15
+    check_shapes(list(families.values()), 1)
+
+
+def check_shapes(names: list[str], channels: int) -> None:
+    """Classifiers of 7 classes, built without values, give as many scores."""
     for name in names:
         size = size_for(name)
         with torch.device("meta"), torch.no_grad():

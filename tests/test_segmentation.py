@@ -233,8 +233,9 @@ def test_it_learns_and_is_evaluated_exactly_by_any_number_of_processes(
     best = max(read_metrics(tmp_path / "runs/run"), key=lambda row: row.get("eval/miou", 0))
     assert result.best == {"eval/miou": best["eval/miou"]}
     assert best["eval/miou"] > 0.7 and best["eval/pixel_accuracy"] > 0.9
-    for count in (1, 2, 3):
-        found = json.loads(ranks(count, metrics_of, "runs/run")[0].out.splitlines()[-1])
+    alone = evaluate_run("runs/run", ["device=cpu", "eval.batch_size=4"])
+    several = [ranks(count, metrics_of, "runs/run")[0].out.splitlines()[-1] for count in (2, 3)]
+    for found in (alone, *map(json.loads, several)):
         assert found["eval/miou"] == best["eval/miou"]
         assert found["eval/pixel_accuracy"] == best["eval/pixel_accuracy"]
         assert found["eval/loss"] == pytest.approx(best["eval/loss"], rel=1e-6)

@@ -28,6 +28,7 @@ CONTEXT.set_forkserver_preload(
     [
         "accelerate", "rich.progress", "safetensors.torch", "torch._dynamo", "torch.distributed",
         "torchvision.transforms.v2", "typer._adapters", "dist_train.train", "dist_train.predict",
+        "dist_train.cli", "tests.ready",
     ]
 )  # fmt: skip
 

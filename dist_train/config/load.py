@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -83,7 +84,7 @@ def _merged(
     sources: Sequence[Sequence[Part]], say: Say = lambda text: None
 ) -> tuple[DictConfig, dict[str, str]]:
     """All sources on top of each other, unresolved; and which file or argument set each key last."""
-    config = OmegaConf.structured(Config)
+    config = _defaults().copy()
     origin: dict[str, str] = {}
     for source in sources:
         before = config.copy()
@@ -95,6 +96,12 @@ def _merged(
             else:
                 _merge(config, part, where, origin)
     return config, origin
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    """Every key with its default; made once, since that takes half of a load's time."""
+    return OmegaConf.structured(Config)
 
 
 NAMED = ("data", "model", "task", "optim", "schedule")  # sections of a name and its arguments
@@ -129,7 +136,7 @@ def _look(values: DictConfig | str, key: str) -> Any:
 
 def _take_away(config: DictConfig, key: str, before: DictConfig, where: str) -> None:
     """Gives a key its default again; one that has none, an argument, is deleted."""
-    defaults = OmegaConf.structured(Config)
+    defaults = _defaults()
     place = tuple(key.split("."))
     *above, name = place
     try:

@@ -54,10 +54,17 @@ def _launchers() -> dict[str, tuple[int, list[Any]]]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", _launchers())
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name == "accelerate cpu.yaml" else ())
+        for name in _launchers()
+    ],
+)
 def test_each_launcher_runs_the_same_job(
     launcher: str, tmp_path: Path, run: Callable[..., Finished], expected: dict[int, Any]
 ) -> None:
+    """In short one file of Accelerate: that for two processes."""
     processes, command = _launchers()[launcher]
     finished = run(*command, *(TRAIN[1:] if "launch" in launcher.split() else TRAIN), cwd=tmp_path)
     assert finished.rc == 0, finished
@@ -66,11 +73,14 @@ def test_each_launcher_runs_the_same_job(
     assert equal(expected[processes], last(tmp_path, "quickstart")["model"])
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_two_nodes_of_accelerate_make_one_run(
     tmp_path: Path, start: Callable[..., Any], expected: dict[int, Any]
 ) -> None:
-    """Two launchers on this machine, as on two machines that share the run's folder."""
+    """Two launchers on this machine, as on two machines that share the run's folder.
+
+    In short: two nodes of Slurm (test_srun_starts_ranks_without_any_launcher), and Accelerate on one.
+    """
     port = free_port()
     nodes = [
         start(
@@ -117,11 +127,17 @@ def test_srun_starts_ranks_without_any_launcher(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--config_file", "multi_cpu.yaml"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cpu", "--num_processes", "2"],
+        pytest.param(["--config_file", "multi_cpu.yaml"], marks=pytest.mark.nightly),
+    ],
+)
 def test_fewer_processes_than_asked_for_is_an_error(
     flags: list[str], tmp_path: Path, run: Callable[..., Finished]
 ) -> None:
-    """Accelerate starts one process for these, and says nothing."""
+    """Accelerate starts one process for these, and says nothing. In short: only flags, no file."""
     (tmp_path / "multi_cpu.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n"
         "num_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.driver import Driver, check
+from tests.faults.driver import KINDS, Driver, check
 from tests.faults.operations import kill_ahead_of, undisturbed
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -19,7 +19,7 @@ parser.add_argument("--seed", type=int, default=int(time.time()), help="chooses 
 arguments = parser.parse_args()
 with tempfile.TemporaryDirectory(prefix="faults-") as name:
     driver = Driver(Path(name), arguments.seed)
-    driver.inject(arguments.n)
+    driver.inject(arguments.n, list(KINDS))
     check(driver)
     short = Path(name, "short")  # its runs have names that the long one's have
     short.mkdir()

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -123,12 +123,12 @@ class Driver:
 
     # --- faults --------------------------------------------------------------------------------------
 
-    def inject(self, count: int) -> None:
-        """Injects `count` faults, each kind in turn in a random order, and lets the job end."""
+    def inject(self, count: int, of: Sequence[str]) -> None:
+        """Injects `count` faults, each of these kinds in turn in a random order, and lets the job end."""
         kinds: list[str] = []
         for number in range(1, count + 1):
             if not kinds:
-                kinds = self.random.sample(list(KINDS), len(KINDS))
+                kinds = self.random.sample(of, len(of))
             kind = kinds.pop()
             if self.process is None or self.process.poll() is not None:
                 self.start()

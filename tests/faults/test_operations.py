@@ -11,8 +11,17 @@ from tests.faults.operations import kill_ahead_of, undisturbed
 
 @pytest.mark.long
 def test_a_run_killed_between_two_operations_on_files_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """Six of them, once also the attempt that goes on; `python -m tests.faults` takes every one."""
+    """Three of them, once also the attempt that goes on."""
     count = len(undisturbed(tmp_path))
     assert count > 50
-    kill_ahead_of(tmp_path, [*(1 + count * part // 5 for part in range(5)), count])
-    kill_ahead_of(tmp_path, [count * 3 // 5], again=count // 3)
+    kill_ahead_of(tmp_path, [1 + count // 3, count])
+    kill_ahead_of(tmp_path, [count * 2 // 3], again=count // 3)
+
+
+@pytest.mark.nightly
+def test_a_run_killed_ahead_of_any_of_its_operations_on_files_ends_as_an_undisturbed_one(
+    tmp_path: Path,
+) -> None:
+    """In short: the test above."""
+    count = len(undisturbed(tmp_path))
+    kill_ahead_of(tmp_path, range(1, count + 1))
