@@ -170,6 +170,31 @@ def test_a_mirrored_cnn_gives_in_evaluation_the_same_for_an_image_and_its_mirror
         assert not torch.allclose(outputs, plain(images), atol=1e-3)
 
 
+def test_nine_means_of_nine_numbers_are_these() -> None:
+    for side in (3, 7):
+        images = torch.randn(2, 4, side, side).to(memory_format=torch.channels_last)
+        pool = models.build("cnn", {"widths": [4]}, (1, 2 * side, 2 * side), 5)[3]
+        assert torch.equal(pool(images), nn.functional.adaptive_avg_pool2d(images, 3))
+
+
+def test_a_cnn_with_shifts_gives_in_evaluation_the_mean_for_the_image_and_for_it_moved() -> None:
+    torch.manual_seed(0)
+    args = {"widths": [4, 8], "mirror": True}
+    plain, shifted = (models.build("cnn", {**args, "shift": s}, (3, 8, 8), 5).eval() for s in (0, 1))
+    shifted.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 10, 10)
+    # Of images whose edge is repeated, moving them is looking at another part of a larger one.
+    images[..., [0, -1], :], images[..., [0, -1]] = images[..., [1, -2], :], images[..., [1, -2]]
+    up, down, left, right = images[..., 2:, 1:-1], images[..., :-2, 1:-1], images[..., 2:], images[..., :-2]
+    middle = images[..., 1:-1, 1:-1]
+    with torch.no_grad():
+        wanted = sum(plain(part) for part in (middle, up, down, left[..., 1:-1, :], right[..., 1:-1, :])) / 5
+        assert torch.allclose(shifted(middle), wanted, atol=1e-6)
+        assert not torch.allclose(plain(middle), wanted, atol=1e-3)
+    with pytest.raises(UserError, match="shift is a number of pixels from 0 on, not -1"):
+        models.build("cnn", {"shift": -1}, (3, 8, 8), 5)
+
+
 # --- the summary -------------------------------------------------------------------------------------
 
 

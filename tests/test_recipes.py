@@ -6,16 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dist_train import fit, load
 from dist_train.config import UserError, from_file
 from dist_train.data.transforms import ImageTransform
 from dist_train.predict import evaluate_run
 from dist_train.tasks import Classification
 from tests.distributed.ranks import last, same_bits
-from tests.processes import Finished
-from tests.worlds import SMALL
+from tests.processes import REPO, Finished
+from tests.worlds import SMALL, pictures
+
+# --- the recipe for 94 % ---------------------------------------------------------------------------
+
+
+def test_the_longer_recipe_takes_steps_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (x_train, y_train), (x_test, y_test) = pictures(96, 28), pictures(12, 28, seed=1)
+    np.savez("arrays.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    result = fit(load([REPO / "configs/fashion_mnist_94.yaml"], [*SMALL, "train.epochs=null"]))
+    assert result.metrics["eval/accuracy"] == 1
+
 
 # --- binary cross-entropy --------------------------------------------------------------------------
 
