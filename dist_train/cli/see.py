@@ -1,4 +1,4 @@
-"""Commands that show what runs have recorded."""
+"""Commands that show what runs have recorded, and what a network does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dist_train.cli.app import app
+from dist_train.cli.app import Configs, app
+from dist_train.config import load_words
+from dist_train.console import say
 from dist_train.importing import importing
 
 
@@ -42,3 +44,25 @@ def compare(
     for path in out or []:
         files.write(comparison, path)
         print(f"written: {path}")
+
+
+@app.command()
+def explain(
+    arguments: Configs,
+    depth: Annotated[
+        int, typer.Option(min=1, help="Modules inside of so many others are shown, larger ones as a whole.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", help="Draw the network to this PNG file.")
+    ] = None,
+) -> None:
+    """Explain autograd on one batch: what modules give, the loss, each gradient. Leaves no run."""
+    config = load_words(arguments, say)
+    with importing():
+        from dist_train.tools import explain as explaining
+
+    explained = explaining.explain(config, depth)
+    explaining.show(explained)
+    if out:
+        explaining.draw(explained, out)
+        print(f"\nwritten: {out}")
