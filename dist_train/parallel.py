@@ -9,7 +9,7 @@ et al., SC'23).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -46,6 +46,7 @@ class Parallel:
                 )
             self.counting = synchronize(model, ranks.sum)
         recompute(model, config.parallel.recompute, config.parallel.wrap)
+        self.meeting: list[Callable[[], None]] = []  # told when a rank's own gradients begin to be there
         self.called = self._spread()
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._subtrees = Subtrees()
@@ -67,7 +68,7 @@ class Parallel:
             return
         self.called.broadcast_buffers = False  # type: ignore[assignment] # after rank 0's at the start
         if self.in_order:
-            buckets = BucketSum(self.weights, self._subtrees, self.ranks.world_size)
+            buckets = BucketSum(self.weights, self._subtrees, self.ranks.world_size, self.meeting)
             # DDP refuses annotations that are texts, so it gets a function without any.
             self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
 
@@ -192,13 +193,23 @@ class BucketSum:
     It doesn't know the model's wrapper: DDP would outlive a run in a circle, and its threads with it.
     """
 
-    def __init__(self, weights: list[nn.Parameter], subtrees: Subtrees, world_size: int) -> None:
+    def __init__(
+        self,
+        weights: list[nn.Parameter],
+        subtrees: Subtrees,
+        world_size: int,
+        meeting: list[Callable[[], None]],
+    ) -> None:
+        self.meeting = meeting
         self.numbers: dict[torch.Tensor, int] = {weight: number for number, weight in enumerate(weights)}
         self.subtrees, self.world_size = subtrees, world_size
         self._side: torch.cuda.Stream | None = None
 
     def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The sum over all parts of what a bucket holds."""
+        if bucket.index() == 0:
+            for tell in self.meeting:
+                tell()
         numbers = [self.numbers[weight] for weight in bucket.parameters()]
         for subtree in self.subtrees.smallest_first():
             add([subtree[number] for number in numbers], bucket.gradients())

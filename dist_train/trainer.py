@@ -88,6 +88,7 @@ class Trainer:
             Every.parse(config.eval.every),
             Every.parse(config.checkpoint.every),
         )
+        self.learner.parallel.meeting[:] = guard.meeting
         parts, start = self.learner.parts, self.learner.step
         self.eval_batches = job.data.eval_loader(config, ranks, parts)
         self.feed = job.data.train_feed(config, ranks, start, job.total, parts)

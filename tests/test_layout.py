@@ -69,8 +69,8 @@ def test_imports_go_one_way() -> None:
 
 
 LIGHT = ["dist_train", "dist_train.cli", "dist_train.seeds", "dist_train.record.history",
-         "dist_train.tools.status", "dist_train.tools.sweep", "dist_train.cluster.sweep",
-         "dist_train.tools.compare.files"]  # fmt: skip
+         "dist_train.tools.status", "dist_train.tools.watch", "dist_train.tools.sweep",
+         "dist_train.cluster.sweep", "dist_train.tools.compare.files"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -66,3 +66,15 @@ def explain(
     if out:
         explaining.draw(explained, out)
         print(f"\nwritten: {out}")
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of runs; all under runs/.")] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds from one look to the next.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+) -> None:
+    """Watch runs as they go, from their files: progress, curves, ranks, trouble. `q` or Ctrl-C ends it."""
+    from dist_train.tools.watch import watch
+
+    watch(runs or [], every, once)

@@ -100,6 +100,11 @@ class Guard:
         if self._is_replaced():
             raise RuntimeError("another rank was replaced")
 
+    @property
+    def meeting(self) -> list[Callable[[], None]]:
+        """What is to be told when this rank has computed its own part of a step, and meets the others."""
+        return [self._watchdog.pace.meets] if self._watchdog else []
+
     def _is_replaced(self) -> bool:
         return self._board is not None and self._board.generation != self._generation
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import os
 import sys
@@ -24,6 +23,7 @@ from dist_train.config import Config, UserError
 from dist_train.guard.deadline import deadline
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import RENEW_SECONDS, Lock
+from dist_train.guard.pace import Pace, Reader, Word
 from dist_train.runtime import Runtime
 
 LOOK_SECONDS = 1.0
@@ -51,8 +51,8 @@ class Watchdog:
     ) -> None:
         self.folder, self.seconds = config.run_dir / "stacks", config.watchdog_seconds
         self.ranks, self.interrupt, self.lock, self.fail = ranks, interrupt, lock, fail
-        self._began = time.monotonic()  # ranks begin together; clocks of hosts differ, and are set
-        self.at = (self._began, 0, "starting")
+        self.pace = Pace()
+        self.beat, self._age = self.pace.beat, self.pace.age
         self.reason = ""  # for which it has given this rank up
         self._deadline = deadline(config, started) if ranks.is_main else None
         self._store = _store() if ranks.world_size > 1 else None
@@ -60,21 +60,24 @@ class Watchdog:
         self.publish_seconds = publish_seconds(ranks.world_size)
         self._renewed = self._published = 0.0
         self._ended = threading.Event()
+        self._reader: Reader | None = None
+        if self._store and ranks.is_main:
+            self._reader = Reader(self._store, ranks.world_size, config.run_dir / "ranks.json", self._last_of)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, step: int, doing: str) -> None:
-        """Tells that the loop moves: what it does now, after `step` optimizer steps."""
-        self.at = (time.monotonic(), step, doing)
+    @property
+    def at(self) -> tuple[float, int, str]:
+        """Since when the loop does what, after so many steps."""
+        return self.pace.at
 
     def stop(self) -> None:
         """Ends the watch."""
         self._ended.set()
+        if self._reader:
+            self._reader.stop()
         self._thread.join(2 * LOOK_SECONDS)
         self._close_held()
-
-    def _age(self) -> float:
-        return time.monotonic() - self._began
 
     def _run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
@@ -99,9 +102,8 @@ class Watchdog:
     def _publish(self) -> None:
         """Tells the other ranks where this one is."""
         if self._store:
-            _, step, doing = self.at
             with contextlib.suppress(RuntimeError):  # the store is gone, with the launcher or rank 0
-                self._store.set(f"at/{self.ranks.rank}", json.dumps([self._age(), step, doing]))
+                self._store.set(f"at/{self.ranks.rank}", self.pace.word())
 
     def _end_hang(self) -> None:
         """Writes the stacks, names the rank that came last, and ends the process if it still hangs."""
@@ -171,15 +173,20 @@ class Watchdog:
             return self._store.get(f"last/{hang}").decode()
         keys = [f"at/{rank}" for rank in range(self.ranks.world_size)]
         if self._store.check(keys):  # two requests, however many ranks there are
-            places = dict(enumerate(map(_place, self._store.multi_get(keys))))
+            words = dict(enumerate(map(Word.parse, self._store.multi_get(keys))))
         else:  # some have never said a word
-            places = {
-                r: _place(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])
+            words = {
+                r: Word.parse(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])
             }
-        silent_after = silent_seconds(self.ranks.world_size)
-        last = last_rank(places, self.ranks.world_size, self._age(), silent_after)
+        last = self._last_of(words)
         self._store.set(f"last/{hang}", last)
         return last
+
+    def _last_of(self, words: Mapping[int, Word]) -> str:
+        """Which of the ranks came last, in words."""
+        places = {rank: (word.age, word.step, word.doing) for rank, word in words.items()}
+        silent_after = silent_seconds(self.ranks.world_size)
+        return last_rank(places, self.ranks.world_size, self._age(), silent_after)
 
 
 def publish_seconds(world_size: int) -> float:
@@ -207,11 +214,6 @@ def _end(reason: str) -> None:
     with contextlib.suppress(OSError):
         print(f"dist-train: {reason}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-def _place(text: bytes) -> tuple[float, int, str]:
-    age, step, doing = json.loads(text)
-    return age, step, doing
 
 
 ORDER = ("starting", "waiting for data", "computing", "waiting for other ranks", "evaluating", "saving")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def effective(
     """`rows`, in the order in which they were written, without those that a later attempt took back.
 
     Args:
-        known: what came of the rows before them; it is changed.
+        known: what came of the rows before them; these are added to it.
     """
     kept = [] if known is None else known
     for row in rows:
@@ -67,6 +68,34 @@ def effective(
             kept.pop()
         kept.append(row)
     return kept
+
+
+class Followed:
+    """The effective history of a run that goes on, of which each look reads only what was added.
+
+    Args:
+        prefixes: how the names begin of what is kept of each row, beside its kind, step and attempt.
+    """
+
+    def __init__(self, folder: Path, prefixes: tuple[str, ...]) -> None:
+        self.path, self.prefixes = folder / "metrics.jsonl", ("kind", "step", "attempt", *prefixes)
+        self.rows: list[dict[str, Any]] = []
+        self._read = 0  # bytes
+
+    def look(self) -> list[dict[str, Any]]:
+        """The rows so far."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._read:  # another run has begun there
+                self._read = 0
+                self.rows.clear()
+            file.seek(self._read)
+            lines, end, _ = file.read().rpartition(b"\n")  # the last line may be in the making
+            self._read += len(lines) + len(end)
+            effective(map(self._kept, _parsed(lines.split(b"\n"))), self.rows)
+        return self.rows
+
+    def _kept(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {sys.intern(name): row[name] for name in row if name.startswith(self.prefixes)}
 
 
 def read_values(folder: Path, name: str) -> list[float]:

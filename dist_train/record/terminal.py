@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from dist_train.config import printable
@@ -87,6 +88,34 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(points: Sequence[tuple[float, float]], width: int, blocks: str = BLOCKS) -> str:
+    """A curve as a line of `width` characters, each the mean of its share of the x axis.
+
+    Args:
+        points: (x, y), in the order of x.
+        blocks: from the lowest to the highest.
+    """
+    if not points:
+        return ""
+    first, last = points[0][0], points[-1][0]
+    sums = [(0.0, 0)] * width
+    for x, y in points:
+        place = min(int((x - first) / max(last - first, 1e-9) * width), width - 1)
+        sums[place] = sums[place][0] + y, sums[place][1] + 1
+    means = [total / count if count else None for total, count in sums]
+    known = [mean for mean in means if mean is not None]
+    low, high = min(known), max(known)
+    line, block = "", " "
+    for mean in means:  # where there is no point the line stays as it was
+        if mean is not None:
+            block = blocks[min(int((mean - low) / max(high - low, 1e-12) * len(blocks)), len(blocks) - 1)]
+        line += block
+    return line
 
 
 def _bar() -> Any:

@@ -29,11 +29,12 @@ COLUMNS = (
 LEAST_TROUBLE = 20  # characters of the last column that are shown in any case
 
 
-def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, Any]]:
+def collect(runs: Sequence[Path], top: Path = Path("runs"), ask_slurm: bool = True) -> list[dict[str, Any]]:
     """One dict for each run: what status.json holds, `run`, `slurm_state`, and a `state` that may be lost.
 
     Args:
         runs: folders of runs, or folders that hold such; none: all under `top`.
+        ask_slurm: whether to ask its queue for the states of their jobs.
 
     Raises UserError for a folder that is no run and holds none.
     """
@@ -43,7 +44,7 @@ def collect(runs: Sequence[Path], top: Path = Path("runs")) -> list[dict[str, An
             raise UserError(f"{path}: there is no such run.")
         folders += found
     rows = [_row(folder) for folder in (folders if runs else _runs(top))]
-    jobs = slurm.states([str(row["slurm_job"]) for row in rows if row.get("slurm_job")])
+    jobs = slurm.states([str(row["slurm_job"]) for row in rows if ask_slurm and row.get("slurm_job")])
     return [{**row, "slurm_state": jobs.get(str(row.get("slurm_job")))} for row in rows]
 
 
