@@ -65,7 +65,7 @@ def as_ranks(port: int, ranks: Sequence[int]) -> None:
         store.set(f"thanks/{attempt}/{rank}", "")
     store.get("go")
     for rank in ranks:
-        store.set(f"at/{rank}", json.dumps([12.5, 48_210, "computing"]))
+        store.set(f"at/{rank}", json.dumps([12.5, 48_210, "computing", "node-0123", 31.25, 240.5]))
     store.add("done", 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import threading
@@ -162,8 +163,10 @@ def _keys() -> Iterator[Callable[[float], bool]]:
     def is_over(seconds: float) -> bool:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
-            if select.select([sys.stdin], [], [], left)[0] and sys.stdin.read(1) in ("q", "Q", ""):
-                return True
+            if select.select([sys.stdin], [], [], left)[0]:
+                typed = os.read(sys.stdin.fileno(), 64)
+                if not typed or b"q" in typed.lower():
+                    return True
         return False
 
     try:
