@@ -87,11 +87,13 @@ class View:
         for name, curve in seen.curves.items():
             values = f"{curve[-1][1]:.4g}" + (f"  best {best[name]:.4g}" if name in best else "")
             table.add_row(printable(name), sparkline(curve, width, self.blocks), values)
-        if seen.ranks:
-            table.add_row("ranks", printable(seen.ranks), "")
-        for number, trouble in enumerate(seen.troubles):
-            table.add_row("" if number else "trouble", Text(printable(trouble), STYLES["failed"]), "")
-        return Group(head, table)
+        lines = [(seen.ranks, "ranks")] if seen.ranks else []
+        others = [trouble for trouble in seen.troubles if trouble != seen.ranks]
+        lines += [(trouble, "" if number else "trouble") for number, trouble in enumerate(others)]
+        told = Table.grid(padding=(0, 2))
+        for line, name in lines:
+            told.add_row(name, Text(printable(line), STYLES["failed"] if line in seen.troubles else ""))
+        return Group(head, table, told)
 
     def _table(self, seen: Sequence[Seen]) -> Table:
         """A line for each run."""
