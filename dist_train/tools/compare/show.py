@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from dist_train.config import printable
-from dist_train.record.terminal import clock
+from dist_train.record.terminal import BLOCKS, clock
 from dist_train.tools.compare.groups import Comparison, Group, Value, written
 from dist_train.tools.compare.runs import Run
 
-BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 24  # characters of a sparkline
 LEFT = ("key", "group", "curve")  # columns of words
 
