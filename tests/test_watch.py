@@ -32,6 +32,31 @@ def troubles(folder: Path) -> list[str]:
     return look(status, Followed(folder, KEPT)).troubles
 
 
+SLOW = """
+import math, os, time
+from torch import nn
+from dist_train.guard import pace, watchdog
+
+pace.READ_SECONDS, watchdog.LOOK_SECONDS = 0.4, 0.4  # all of it sooner
+
+def wait(seconds):
+    time.sleep(seconds if os.environ.get("RANK", "1") == "1" else 0)
+
+def transform(image):
+    wait(0.01)
+    return image
+
+class Net(nn.Module):
+    def __init__(self, input_shape, num_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
+
+    def forward(self, images):
+        wait(0.08)
+        return self.layers(images)
+"""
+
+
 def test_a_run_is_shown_as_it_goes_when_it_is_killed_and_when_it_has_gone_on(
     begin: Callable[..., Any],
     cli: Callable[..., Finished],
@@ -40,7 +65,9 @@ def test_a_run_is_shown_as_it_goes_when_it_is_killed_and_when_it_has_gone_on(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "runs/run"
+    (tmp_path / "mine.py").write_text(SLOW)
     run, words = Path("runs/run"), [*small, "log.every=2", "eval.every=4", "checkpoint.every=6"]
+    words.append("data.train_transform=[mine:transform]")  # which leaves the CPU to others
     process = under_way(
         begin("train", *words, "train.steps=100000"), until=lambda run: read_status(run).get("metrics")
     )
@@ -57,39 +84,14 @@ def test_a_run_is_shown_as_it_goes_when_it_is_killed_and_when_it_has_gone_on(
     shown = cli("watch", "runs")  # no terminal: one picture, without --once
     assert "lost" in shown.out.splitlines()[0] and f"process {process.pid} on {HOST} is gone" in shown.out
     step = read_status(folder).get("step", 0)
-    assert cli("train", *words, f"train.steps={step + 40}").rc == 0
+    assert cli("train", *words, f"train.steps={step + 8}").rc == 0
     shown = cli("watch", "--once")
     status, rows = read_status(folder), read_metrics(folder)
-    assert "completed" in shown.out.splitlines()[0] and f"{step + 40:,}/{step + 40:,}" in shown.out
+    assert "completed" in shown.out.splitlines()[0] and f"{step + 8:,}/{step + 8:,}" in shown.out
     assert f"attempt 2, {status['lost_steps']:,} step" in shown.out
     last = next(line.split() for line in shown.out.splitlines() if line.startswith("train/loss"))
     losses = [row["train/loss"] for row in rows if row["kind"] == "train"]
     assert last[-1] == f"{losses[-1]:.4g}" and len(last[1]) == 60
-
-
-SLOW = """
-import math, os, time
-from torch import nn
-from dist_train.guard import pace, watchdog
-
-pace.READ_SECONDS, watchdog.LOOK_SECONDS = 0.4, 0.4  # all of it sooner
-
-def wait(seconds):
-    time.sleep(seconds if os.environ["RANK"] == "1" else 0)
-
-def transform(image):
-    wait(0.01)
-    return image
-
-class Net(nn.Module):
-    def __init__(self, input_shape, num_classes):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), num_classes))
-
-    def forward(self, images):
-        wait(0.08)
-        return self.layers(images)
-"""
 
 
 @pytest.mark.parametrize("slow", ["data", "model"])
@@ -167,7 +169,7 @@ def test_several_runs_are_a_table_with_those_that_need_somebody_first(
     assert "OSError: disk full" in lines[1]
     result = cli("watch", "runs/nowhere")
     assert (result.rc, result.err) == (2, "dist-train: runs/nowhere: there is no such run.\n")
-    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
     console = Console(file=plain, width=160)
     console.print(View([tmp_path / "runs"], console).picture(height=None))
     plain.seek(0)
