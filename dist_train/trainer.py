@@ -118,7 +118,7 @@ class Trainer:
                 continue
             agreed = self.meet()
             if due.log:
-                self.log(step)
+                self.log(step, due)
             stop = agreed.stop or (due.eval and not self.evaluate())  # the next attempt repeats it
             is_last = self.job.is_done(self.state)
             improves = self.best.improves(self.state.metrics, self.state.best)
@@ -195,13 +195,13 @@ class Trainer:
             self.unread.clear()
         return Agreed(bool(stop), bool(save), bool(copy))
 
-    def log(self, step: Step) -> None:
+    def log(self, step: Step, due: Due) -> None:
         """Records a row of the steps since the last one."""
         values = self.window.take() | self.learner.rates()
         if step.norm is not None:
             values["train/grad_norm"] = float(step.norm)
         speed = self.clock.take(self.job.total - self.learner.step, self.learner.most_per_second)
-        self.row("train", values | speed | self.ranks.memory())
+        self.row("train", values | speed | self.ranks.memory(), more=due.eval)
 
     def evaluate(self) -> bool:
         """Measures the eval set; False if somebody asked to stop meanwhile."""
@@ -219,10 +219,10 @@ class Trainer:
             self.row("eval", metrics | ({"stopped": reason} if reason else {}))
         return bool(metrics)
 
-    def row(self, kind: str, values: Mapping[str, float | str]) -> None:
+    def row(self, kind: str, values: Mapping[str, float | str], more: bool = False) -> None:
         """Records a row after the step taken last; whoever reads it may ask to stop."""
         step = self.learner.step
-        if not self.record.row(kind, step, (step - 1) // self.job.per_epoch, values):
+        if not self.record.row(kind, step, (step - 1) // self.job.per_epoch, values, more):
             self.guard.request("on_row returned False")
 
     def save(self) -> bool:

@@ -84,6 +84,18 @@ def test_each_line_of_a_task_is_one_argument(
     ]  # fmt: skip
 
 
+def test_the_seeds_of_a_setting_are_one_kind_of_run(write: Callable[[Any], Path]) -> None:
+    parameters = {
+        "seed": {"values": [1, 2]},
+        "optim.lr": {"values": [0.1, 0.2]},
+        "model.args.hidden": {"value": [8, 8]},
+    }
+    tasks = expand(write({"method": "grid", "parameters": parameters}))
+    kinds = [(load([], [*task.arguments, "train.epochs=1"]).wandb.job_type, task.number) for task in tasks]
+    slow, fast = (f"optim.lr={rate} model.args.hidden=[8, 8]" for rate in (0.1, 0.2))
+    assert kinds == [(slow, 0), (fast, 1), (slow, 2), (fast, 3)]
+
+
 def test_the_list_and_the_count_tell_all_tasks(
     cli: Callable[..., Finished], write: Callable[[Any], Path]
 ) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dist_train.cli.app import Configs, app
-from dist_train.config import load_words
+from dist_train.config import counted, is_override, load_words
 from dist_train.console import say
 from dist_train.importing import importing
 
@@ -78,3 +79,30 @@ def watch(
     from dist_train.tools.watch import watch
 
     watch(runs or [], every, once)
+
+
+@app.command()
+def sync(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [KEY=VALUE...]",
+            show_default=False,
+            help="Folders of runs, or of folders of runs.",
+        ),
+    ],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print what W&B is to have: a line of JSON for each step.")
+    ] = False,
+) -> None:
+    """Send W&B what it lacks of runs that were made offline or cut off: each step once."""
+    from dist_train.tools import sync as syncing
+
+    overrides = [word for word in runs if is_override(word) and not Path(word).exists()]
+    for folder in syncing.found([Path(word) for word in runs if word not in overrides]):
+        if not dry_run:
+            print(syncing.send(folder, overrides), flush=True)
+            continue
+        lines = list(syncing.described(folder, overrides))
+        print(f"{folder}: {counted(len(lines), 'step')}", file=sys.stderr)
+        print("\n".join(lines))

@@ -64,6 +64,9 @@ class Task:
     def arguments(self) -> list[str]:
         """The arguments of `dist-train train`, config files first."""
         named = [f"run.name={self.sweep}-{self.number}", f"wandb.group={self.sweep}"]
+        setting = [word for word in self.overrides if not word.startswith("seed=")]
+        if setting and setting != list(self.overrides):  # W&B takes the seeds of a setting together by it
+            named.append(f"wandb.job_type={text(' '.join(setting))}")
         last: dict[str, str] = {}
         for word in filter(is_override, [*self.words, *self.overrides, *named]):
             key = word.partition("=")[0]

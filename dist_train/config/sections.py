@@ -336,6 +336,17 @@ class WandbConfig:
     project: str = option("dist_train", "Project.")
     entity: str | None = option(None, "Team or user.")
     group: str | None = option(None, "Group of runs.")
+    job_type: str | None = option(
+        None, "Kind of run within its group, by which W&B averages over seeds; null: train."
+    )
     name: str | None = option(None, "Name shown; null: run.name.")
     tags: list[str] = option([], "Tags.")
     notes: str | None = option(None, "Notes.")
+    alert: bool = option(True, "Alert by mail or Slack, as W&B's settings say, when the run fails.")
+    checkpoint: bool = option(False, "Upload the best checkpoint of the complete run, as an artifact.")
+    code: bool = option(
+        False,
+        "Upload the program: Python and YAML files of the current folder that git doesn't ignore, git's "
+        "commit and remote. They leave this machine (wandb.md).",
+    )
+    console: bool = option(False, "Upload what the program prints.")

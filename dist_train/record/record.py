@@ -93,11 +93,12 @@ class Record:
         """Mean seconds between interruptions of this run; several hours where there was none."""
         return self.seconds / (self.attempt - 1) if self.attempt > 1 else max(self.seconds, UNDISTURBED)
 
-    def row(self, kind: str, step: int, epoch: int, values: Mapping[str, Any]) -> bool:
+    def row(self, kind: str, step: int, epoch: int, values: Mapping[str, Any], more: bool = False) -> bool:
         """Records a row of metrics after `step` optimizer steps; False if its reader asks to stop.
 
         Args:
             kind: `train` or `eval`.
+            more: whether an evaluation at the same step follows.
         """
         if not self.is_on:
             return True
@@ -115,7 +116,7 @@ class Record:
         self._speed = row.get("perf/samples_per_second", self._speed)
         self.progress.row(step, row)
         if self.mirrored:
-            self.mirrored.rows.put(row)
+            self.mirrored.row(row, more)
         return self.on_row is None or self.on_row(dict(row)) is not False
 
     def move(self, step: int) -> None:
@@ -125,6 +126,8 @@ class Record:
 
     def running(self, step: int, skipped: int, best: dict[str, float]) -> None:
         """Brings status.json up to a step of the loop."""
+        if self.mirrored and best != self.best and best.items() <= self._evaluated.items():
+            self.mirrored.best({"step": step, **self._evaluated})
         self.skipped, self.best = skipped, best
         self.status("running", step)
 
@@ -135,7 +138,7 @@ class Record:
             earlier: the mirror of an attempt of this process that ended as `running`; it goes on.
         """
         if self.is_on and config.wandb.mode != "disabled":
-            self.mirrored = earlier or Mirror(config, self.say)
+            self.mirrored = earlier or Mirror(config, (self.attempt, self.step), self.say)
 
     def flush(self) -> None:
         """Writes rows that had no room until now: ahead of a checkpoint, which takes them for written."""
@@ -215,10 +218,9 @@ class Record:
             self.say(self.account.in_words(self.seconds, self.attempt))
         self.progress.close()
         if self.mirrored and state != "running":  # else the next attempt of this process has it
-            seconds = {f"seconds/{name}": value for name, value in self.account.seconds.items()}
-            counts = {"attempts": self.attempt, "lost_steps": self.account.lost_steps}
-            summary = {"goodput": self.account.goodput(self.seconds), **counts, **seconds}
-            self.mirrored.close(state == "failed", summary)
+            if state == "failed":
+                self.mirrored.alert(reason)
+            self.mirrored.close(state)
         for lines in (self._metrics, self._log, self._bad):
             lines.close()
 

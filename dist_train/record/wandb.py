@@ -1,4 +1,4 @@
-"""The mirror of a run in Weights & Biases. Nothing waits for it: rows go through a queue, from a thread."""
+"""The mirror of a run in Weights & Biases. Nothing waits for it: a thread sends what is in a queue."""
 
 from __future__ import annotations
 
@@ -6,55 +6,99 @@ import inspect
 import os
 import queue
 import shlex
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from dist_train.config import Config, to_mapping
+from dist_train.record.history import read_metrics
+from dist_train.record.sent import Sent, best, summary
 
 INIT_SECONDS = 20  # after which a server counts as unreachable; the training goes on meanwhile
 FINISH_SECONDS = 30  # how long the end of a run waits for W&B
+UPLOAD_SECONDS = 600  # the same, where a complete run's checkpoint is to be uploaded
+
+Send = Callable[[Sent], None]
 
 
 class Mirror:
-    """Weights & Biases, fed from a thread; its errors are told once and never reach the training."""
+    """Weights & Biases, fed from a thread; its errors are told once and never reach the training.
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+    Args:
+        attempt: its number, and the step from which it goes on.
+    """
+
+    def __init__(self, config: Config, attempt: tuple[int, int], say: Callable[[str], None]) -> None:
         import wandb  # in this thread: a worker process forked in mid-import would hang
 
-        self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Send | None] = queue.SimpleQueue()
         self._wandb, self._say, self._failed = wandb, say, False
-        self._summary: dict[str, Any] = {}
+        self.config, self.folder = config, config.run_dir
+        self.attempt, self.step = attempt
+        self.to_sync = f"`dist-train sync {shlex.quote(str(self.folder))}`"
         mode = config.wandb.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
             if mode == "offline" and "WANDB_MODE" not in os.environ:
-                say(f"W&B: no API key, logging offline; {_to_sync(config)}.")
-        self._to_sync = _to_sync(config)
-        self._options = _wandb_options(wandb, config, mode)
+                say(f"W&B: no API key, logging offline; {self.to_sync} uploads it.")
+        self._options = options(wandb, config, self.folder, mode)
         self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
         self._thread.start()
 
-    def close(self, failed: bool, summary: dict[str, Any]) -> None:
-        """Hands over the last rows, and waits for W&B no longer than FINISH_SECONDS."""
-        self._failed, self._summary = failed, summary
-        self.rows.put(None)
-        self._thread.join(FINISH_SECONDS)
+    def send(self, send: Send) -> None:
+        """Calls `send` from the thread, when all before it is sent."""
+        self._queue.put(send)
+
+    def row(self, row: Mapping[str, Any], more: bool) -> None:
+        """Sends a row of metrics; `more` of the same step are to come."""
+        self.send(lambda sent: sent.row(row, more))
+
+    def add(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Sends with the rows of a step what `make` makes of the module wandb: pictures, tables."""
+        self.send(lambda sent: sent.add(step, make(self._wandb)) if sent.needs(step) else None)
+
+    def best(self, row: Mapping[str, Any]) -> None:
+        """Shows an evaluation as the best one."""
+        self.send(lambda sent: sent.run.summary.update(best(row)))
+
+    def alert(self, reason: str) -> None:
+        """Tells whom W&B's settings say that the run has failed, if the configuration wants it."""
+        name = self.config.wandb.name or self.config.run.name
+        if self.config.wandb.alert:
+            self.send(lambda sent: sent.run.alert(f"{name} failed", reason, level="ERROR", wait_duration=0))
+
+    def close(self, state: str) -> None:
+        """Hands over the last rows, and waits for W&B no longer than FINISH_SECONDS, or UPLOAD_SECONDS.
+
+        Args:
+            state: completed, interrupted or failed; status.json tells it already.
+        """
+        self._failed, seconds = state == "failed", FINISH_SECONDS
+        self.send(lambda sent: sent.run.summary.update(summary(self.folder)))
+        if self.config.wandb.checkpoint and state == "completed":
+            self.send(lambda sent: upload_best(self._wandb, sent.run, self.folder))
+            seconds = UPLOAD_SECONDS
+        self._queue.put(None)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._say("W&B: did not finish in time; metrics.jsonl holds every row.")
+            self._say(f"W&B: did not finish in time; {self.to_sync} uploads what is missing.")
             self._say = lambda text: None  # the run's record is closed
 
     def _run(self) -> None:
         try:
             run = self._connect()
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-            while (row := self.rows.get()) is not None:
-                run.log(row)
-            run.summary.update(self._summary)
+            sent = begin(run, self.step - 1 if run.offline else run.starting_step - 1)
+            if not run.offline:
+                self._catch_up(sent)
+            if self.config.wandb.code:
+                upload_code(self._wandb, run)
+            while send := self._queue.get():
+                send(sent)
             run.finish(exit_code=int(self._failed))
         except Exception as error:
-            self._say(f"W&B: {_first_line(error)}; the training goes on, metrics.jsonl holds every row.")
+            self._say(f"W&B: {first_line(error)}; the training goes on, metrics.jsonl holds every row.")
 
     def _connect(self) -> Any:
         try:
@@ -62,27 +106,31 @@ class Mirror:
         except Exception as error:
             if self._options["mode"] != "online":
                 raise
-            self._say(f"W&B: {_first_line(error)}; logging offline; {self._to_sync}.")
+            self._say(f"W&B: {first_line(error)}; logging offline; {self.to_sync} uploads it.")
             self._wandb.teardown()  # else the run counts as in use
             return self._wandb.init(**{**self._options, "mode": "offline"})
 
-
-def _to_sync(config: Config) -> str:
-    folder = shlex.quote(str(config.run_dir / "wandb"))
-    return f"`wandb sync {folder}/offline-run-*` uploads it"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
+    def _catch_up(self, sent: Sent) -> None:
+        """Sends what earlier attempts have recorded and not sent: killed, offline, or amid an evaluation."""
+        for row in read_metrics(self.folder):
+            if row["step"] <= self.step and row["attempt"] < self.attempt:
+                sent.row(row, more=True)
 
 
-def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
+def begin(run: Any, after: int) -> Sent:
+    """What is sent to a run that `options` began, of steps above `after`."""
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return Sent(run, after)
+
+
+def options(wandb: Any, config: Config, folder: Path, mode: str) -> dict[str, Any]:
     """The arguments of wandb.init. The id lives in the run's folder: each attempt continues the same run."""
-    folder = config.run_dir
     (folder / "wandb").mkdir(exist_ok=True)
     id_file = folder / "wandb" / "run_id"
     if not id_file.exists():
         id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
+    code = config.wandb.code
     return {
         "id": id_file.read_text(encoding="utf-8").strip(),
         "resume": "allow",
@@ -90,17 +138,48 @@ def _wandb_options(wandb: Any, config: Config, mode: str) -> dict[str, Any]:
         "mode": mode,
         "config": to_mapping(config),
         "name": config.wandb.name or config.run.name,
+        "job_type": config.wandb.job_type or "train",
         **{name: getattr(config.wandb, name) for name in ("project", "entity", "group", "tags", "notes")},
-        # Nothing of the machine beyond its load: no code, no git remote, no console, no command line.
+        # Nothing of the machine beyond its load: not its name, no code, no git remote, no command line.
         "settings": wandb.Settings(
-            disable_git=True,
-            disable_code=True,
-            console="off",
+            disable_git=not code,
+            disable_code=not code,
+            console="wrap" if config.wandb.console else "off",
             x_disable_meta=True,
+            host="",
+            program="",
             silent=True,
             init_timeout=INIT_SECONDS,
         ),
     }
+
+
+def upload_code(wandb: Any, run: Any) -> None:
+    """Uploads the program's source: Python and YAML files here, as git knows them, ignored ones left out."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py", "*.yaml"]
+    listed = subprocess.run(listing, capture_output=True, text=True)
+    outside = (str(path) for pattern in ("*.py", "*.yaml") for path in Path().glob(pattern))
+    names = outside if listed.returncode else listed.stdout.split("\0")
+    code = wandb.Artifact(f"source-{run.id}", type="code")
+    for name in names:
+        if Path(name).is_file():
+            code.add_file(str(name), name=str(name))
+    run.log_artifact(code)
+
+
+def upload_best(wandb: Any, run: Any, folder: Path) -> None:
+    """Uploads the best checkpoint, or the last one where none is the best, as a version of an artifact."""
+    links = (folder / "checkpoints" / name for name in ("best.pt", "last.pt"))
+    path = next(link.resolve() for link in links if link.exists())
+    model = wandb.Artifact(f"best-{run.id}", type="model", metadata={"file": path.name})
+    add = model.add_dir if path.is_dir() else model.add_file
+    add(str(path), policy="immutable")  # which is not copied first
+    run.log_artifact(model, aliases=["latest", "best"])
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without a full stop."""
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")
 
 
 def has_key(wandb: Any) -> bool:
