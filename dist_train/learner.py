@@ -188,10 +188,16 @@ class Learner:
         rates = {f"lr/{number}": rate * self._share for number, rate in enumerate(several)}
         return {"lr": self.config.optim.lr * self._share} | rates
 
-    def evaluate(self, batches: Iterable[Batch], stop: Callable[[], bool]) -> tuple[dict[str, float], Unread]:
-        """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`."""
+    def evaluate(
+        self, batches: Iterable[Batch], stop: Callable[[], bool], task: Task | None = None
+    ) -> tuple[dict[str, float], Unread]:
+        """The metrics of the evaluated model over all ranks' batches: see `evaluate.evaluate`.
+
+        Args:
+            task: used instead of the one that is trained.
+        """
         moved = Feed(iter(batches), self.ranks.device, self.config.channels_last)
-        metrics = evaluate(self.evaluated, moved, self.task, self.ranks, stop, self._filler)
+        metrics = evaluate(self.evaluated, moved, task or self.task, self.ranks, stop, self._filler)
         self.parallel.evaluated(self.evaluated)
         return metrics
 

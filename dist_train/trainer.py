@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from dist_train import checkpoint, data
+from dist_train import checkpoint, data, tables
 from dist_train import state as states
 from dist_train.config import Config, Every, RunError, StopWhen
 from dist_train.evaluate import Unread
 from dist_train.guard.guard import Guard
+from dist_train.histograms import histograms
 from dist_train.learner import Step
 from dist_train.meters import Best, Clock, Window
 from dist_train.optim.rates import History
+from dist_train.outcomes import Keeping
 from dist_train.record.record import Record
 from dist_train.runtime import Runtime
 from dist_train.state import State
@@ -210,14 +212,26 @@ class Trainer:
             self.guard.beat(self.learner.step, "evaluating")
             return self.guard.asked
 
+        keeping = tables.keeping(self.config, self.learner.task)
         with self.clock.excluded("productive"):
-            metrics, unread = self.learner.evaluate(self.eval_batches, stop)
+            metrics, unread = self.learner.evaluate(self.eval_batches, stop, keeping)
         self.record.bad_samples(unread)
         if metrics:
             self.state.evaluated(metrics)
+            self.show(keeping)
             reason = self.job.stopped(self.state)
             self.row("eval", metrics | ({"stopped": reason} if reason else {}))
         return bool(metrics)
+
+    def show(self, keeping: Keeping | None) -> None:
+        """Gives the record what an evaluation has to show beyond numbers, if that is wanted."""
+        step, options = self.learner.step, self.config.wandb
+        if self.config.log.histograms:
+            self.record.histograms(step, histograms(self.learner.evaluated, self.ranks))
+        if keeping and (options.tables == "evaluations" or self.job.is_done(self.state)):
+            outcomes = keeping.gathered(self.ranks)
+            if self.ranks.is_main:
+                self.record.tables(step, tables.of(outcomes, self.job.data, options.images))
 
     def row(self, kind: str, values: Mapping[str, float | str], more: bool = False) -> None:
         """Records a row after the step taken last; whoever reads it may ask to stop."""

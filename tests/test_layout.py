@@ -23,7 +23,7 @@ LAYERS = """
     exported
     trainer
     state
-    learner
+    learner tables histograms
     first
     fsdp
     parallel

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dist_train.record.history import read_lines, read_metrics
 from dist_train.record.sent import Sent, by_step
@@ -146,6 +147,59 @@ def test_a_killed_run_goes_on_online_with_each_step_once(
     first = server.sent("UpsertBucket")[-2]
     assert (first["groupName"], first["jobType"], first["displayName"]) == ("g", "j", "run")
     assert not {first["host"], first["program"], first["commit"], first["repo"]} - {None, ""}
+
+
+def test_what_is_asked_for_is_shown_and_uploaded(
+    cli: Callable[..., Finished], small: list[str], tmp_path: Path
+) -> None:
+    """Offline: W&B's own program tells what its file holds, and the files beside it what was uploaded."""
+    (tmp_path / "mine.py").write_text("WIDTH = 8\n")
+    asked = ["wandb.mode=offline", "wandb.tables=evaluations", "wandb.images=3", "log.histograms=true",
+             "wandb.code=true", "wandb.checkpoint=true", "wandb.console=true"]  # fmt: skip
+    finished = cli("train", *small, *asked, "eval.every=6", env={"WANDB_DATA_DIR": tmp_path / "staged"})
+    assert finished.rc == 0, finished
+    run = tmp_path / "runs" / "run"
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    rows = [row for row in inspected(file, "history") if "eval/loss" in row]
+    assert [row["step"] for row in rows] == [6, 12]
+    evaluated = [row for row in read_metrics(run) if row["kind"] == "eval"]
+    for row, known in zip(rows, evaluated, strict=True):
+        classes = _table(file, row["tables/classes"])
+        assert [line[0] for line in classes] == ["0", "1", "2"]
+        assert sum(line[1] for line in classes) == 37
+        accuracy = sum(line[3] for line in classes) / 37
+        assert accuracy == pytest.approx(known["eval/accuracy"], abs=1e-6)
+        (confusion,) = [value for name, value in row.items() if name.startswith("tables/confusion")]
+        pairs = _table(file, confusion)
+        assert sum(often for _, _, often in pairs) == 37
+        assert sum(often for own, said, often in pairs if own == said) == round(accuracy * 37)
+        samples = _table(file, row["tables/samples"])
+        assert [line[0] for line in samples] == [0, 18, 36]
+        with Image.open(file.parent / "files" / samples[1][1]["path"]) as shown:
+            assert shown.size == (8, 8)
+        (weight, *_) = [value for name, value in row.items() if name.startswith("weights/")]
+        assert sum(weight["values"]) > 0
+    artifacts = {one["type"]: one["manifest"]["contents"] for one in inspected(file, "artifact")}
+    assert [entry["path"] for entry in artifacts["code"]] == ["mine.py"]
+    best = (run / "checkpoints" / "best.pt").resolve()
+    assert [entry["local_path"] for entry in artifacts["model"]] == [str(best)]
+    assert "completed at step 12" in (file.parent / "files" / "output.log").read_text()
+
+
+def test_a_run_that_fails_raises_an_alert(
+    cli: Callable[..., Finished], small: list[str], tmp_path: Path
+) -> None:
+    finished = cli("train", *small, "wandb.mode=offline", "optim.lr=1e30")
+    assert finished.rc == 1, finished
+    (file,) = (tmp_path / "runs" / "run" / "wandb").glob("offline-run-*/*.wandb")
+    (alert,) = inspected(file, "alert")
+    assert (alert["level"], alert["title"]) == ("ERROR", "run failed") and "not finite" in alert["text"]
+    assert inspected(file, "exit")[0]["exit_code"] == 1
+
+
+def _table(file: Path, shown: dict[str, Any]) -> list[list[Any]]:
+    """The rows of a table in a row of W&B."""
+    return list(json.loads((file.parent / "files" / shown["path"]).read_text())["data"])
 
 
 def inspected(file: Path, kind: str) -> list[Any]:

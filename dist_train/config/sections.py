@@ -322,6 +322,9 @@ class LogConfig:
     batches: bool = option(
         False, "Record which samples each step read and a checksum of what the model got; slow."
     )
+    histograms: bool = option(
+        False, "Record a histogram of each weight at each evaluation, in histograms.jsonl and W&B."
+    )
 
 
 @dataclass
@@ -342,6 +345,16 @@ class WandbConfig:
     name: str | None = option(None, "Name shown; null: run.name.")
     tags: list[str] = option([], "Tags.")
     notes: str | None = option(None, "Notes.")
+    tables: str = option(
+        "end",
+        "When a classification shows the accuracy of each class and the confusion matrix.",
+        choices=("never", "end", "evaluations"),
+    )
+    images: int = option(
+        0,
+        "So many eval samples in a table, too, with what is said of them: images leave this machine.",
+        least=0,
+    )
     alert: bool = option(True, "Alert by mail or Slack, as W&B's settings say, when the run fails.")
     checkpoint: bool = option(False, "Upload the best checkpoint of the complete run, as an artifact.")
     code: bool = option(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from dist_train.cluster import slurm
 from dist_train.config import Config, to_mapping
+from dist_train.record import media
 from dist_train.record.account import Account
 from dist_train.record.history import read_lines, read_status
 from dist_train.record.terminal import Progress
@@ -75,6 +76,7 @@ class Record:
         self.progress = Progress(begin.total, begin.step)
         self._metrics = Lines(self.folder / "metrics.jsonl")
         self._log = Lines(self.folder / "log.txt")
+        self._histograms = Lines(self.folder / "histograms.jsonl")
         self._bad = Lines(self.folder / "bad_samples.jsonl")
         self._known_bad = {line["sample"] for line in read_lines(self._bad.path)}
         attempts = Lines(self.folder / "attempts.jsonl")
@@ -118,6 +120,19 @@ class Record:
         if self.mirrored:
             self.mirrored.row(row, more)
         return self.on_row is None or self.on_row(dict(row)) is not False
+
+    def histograms(self, step: int, weights: dict[str, dict[str, Any]]) -> None:
+        """Records of each weight `low`, `high` and the `counts` of bins between, ahead of the evaluation."""
+        if self.is_on:
+            row = {"step": step, "attempt": self.attempt, "weights": weights}
+            self._histograms.add(json.dumps(row))
+            if self.mirrored:
+                self.mirrored.add(step, lambda wandb: media.histograms(wandb, weights))
+
+    def tables(self, step: int, columns: tuple[Any, ...]) -> None:
+        """Shows in W&B the tables of an evaluation, as `media.tables` takes them; ahead of its row."""
+        if self.mirrored:
+            self.mirrored.add(step, lambda wandb: media.tables(wandb, *columns))
 
     def move(self, step: int) -> None:
         """Moves the progress bar to a step."""
@@ -221,7 +236,7 @@ class Record:
             if state == "failed":
                 self.mirrored.alert(reason)
             self.mirrored.close(state)
-        for lines in (self._metrics, self._log, self._bad):
+        for lines in (self._metrics, self._log, self._bad, self._histograms):
             lines.close()
 
 

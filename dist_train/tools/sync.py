@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import Config, RunError, UserError, counted, load
-from dist_train.record.history import read_metrics, read_status
+from dist_train.record import media
+from dist_train.record.history import effective, read_lines, read_metrics, read_status
 from dist_train.record.sent import by_step, summary
 from dist_train.record.wandb import begin, first_line, has_key, options
 from dist_train.tools.status import collect
@@ -49,15 +50,17 @@ def send(folder: Path, overrides: Sequence[str] = ()) -> str:
     if mode == "online" and not has_key(wandb):
         raise UserError("W&B knows no API key here; `wandb login` asks for one.")
     config = _config(folder, overrides)
+    rows, ended = rows_of(folder), summary(folder)
+    shown = {row["step"]: row["weights"] for row in effective(read_lines(folder / "histograms.jsonl"))}
     failed = read_status(folder).get("state") == "failed"
     try:
         run = wandb.init(**options(wandb, config, folder, mode))
         sent = begin(run, run.starting_step - 1)
-        steps = [row for row in rows_of(folder) if sent.needs(row["step"])]
+        steps = [row for row in rows if sent.needs(row["step"])]
         for row in steps:
-            sent.add(row["step"], row)
+            sent.add(row["step"], row | media.histograms(wandb, shown.get(row["step"], {})))
         sent.flush()
-        run.summary.update(summary(folder))
+        run.summary.update(ended)
         run.finish(exit_code=int(failed))
     except Exception as error:
         raise RunError(f"{folder}: W&B: {first_line(error)}; the same command goes on.") from None
