@@ -35,10 +35,10 @@ class Tables(NamedTuple):
     samples: list[Sample]
 
 
-def keeping(config: Config, task: Task) -> Keeping | None:
-    """What keeps the outcomes of an evaluation for tables, if there are to be any."""
-    wanted = config.wandb.mode != "disabled" and config.wandb.tables != "never"
-    return Keeping(task) if wanted and is_classification(task) else None
+def keeping(config: Config, task: Task, may_be_last: bool) -> Keeping | None:
+    """What keeps the outcomes of an evaluation for tables, if there may be any."""
+    wanted = config.wandb.tables == "evaluations" or (config.wandb.tables == "end" and may_be_last)
+    return Keeping(task) if wanted and config.wandb.mode != "disabled" and is_classification(task) else None
 
 
 def of(outcomes: Outcomes, data: Data, images: int) -> Tables:

@@ -212,7 +212,8 @@ class Trainer:
             self.guard.beat(self.learner.step, "evaluating")
             return self.guard.asked
 
-        keeping = tables.keeping(self.config, self.learner.task)
+        may_be_last = self.learner.step >= self.job.total or bool(self.job.stop_when)
+        keeping = tables.keeping(self.config, self.learner.task, may_be_last)
         with self.clock.excluded("productive"):
             metrics, unread = self.learner.evaluate(self.eval_batches, stop, keeping)
         self.record.bad_samples(unread)

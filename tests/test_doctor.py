@@ -56,4 +56,4 @@ def test_what_makes_training_impossible_is_exit_code_1(cli: Callable[..., Finish
     assert "GLOO_SOCKET_IFNAME" in told["all-reduce"][1]
     assert told["disk"][1].endswith("-> choose another run.dir")
     assert told["W&B"][0] == "warning"
-    assert told["W&B"][1].endswith("-> `wandb login`, or later `wandb sync runs/*/wandb/offline-run-*`")
+    assert told["W&B"][1].endswith("-> `wandb login`, or later `dist-train sync runs`")

@@ -180,7 +180,7 @@ def test_what_is_asked_for_is_shown_and_uploaded(
         (weight, *_) = [value for name, value in row.items() if name.startswith("weights/")]
         assert sum(weight["values"]) > 0
     artifacts = {one["type"]: one["manifest"]["contents"] for one in inspected(file, "artifact")}
-    assert [entry["path"] for entry in artifacts["code"]] == ["mine.py"]
+    assert [entry["path"] for entry in artifacts["source"]] == ["mine.py"]
     best = (run / "checkpoints" / "best.pt").resolve()
     assert [entry["local_path"] for entry in artifacts["model"]] == [str(best)]
     assert "completed at step 12" in (file.parent / "files" / "output.log").read_text()

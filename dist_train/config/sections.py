@@ -360,6 +360,6 @@ class WandbConfig:
     code: bool = option(
         False,
         "Upload the program: Python and YAML files of the current folder that git doesn't ignore, git's "
-        "commit and remote. They leave this machine (wandb.md).",
+        "commit and remote, the packages installed. They leave this machine (wandb.md).",
     )
     console: bool = option(False, "Upload what the program prints.")

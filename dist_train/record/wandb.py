@@ -44,6 +44,8 @@ class Mirror:
             if mode == "offline" and "WANDB_MODE" not in os.environ:
                 say(f"W&B: no API key, logging offline; {self.to_sync} uploads it.")
         self._options = options(wandb, config, self.folder, mode)
+        if config.wandb.code:
+            self.extra(lambda sent: upload_code(wandb, sent.run))
         self._thread = threading.Thread(target=self._run, daemon=True, name="wandb")
         self._thread.start()
 
@@ -51,13 +53,24 @@ class Mirror:
         """Calls `send` from the thread, when all before it is sent."""
         self._queue.put(send)
 
+    def extra(self, send: Send) -> None:
+        """Calls `send` for what rows do without: where it fails, they go on."""
+
+        def tried(sent: Sent) -> None:
+            try:
+                send(sent)
+            except Exception as error:
+                self._say(f"W&B: {first_line(error)}; it goes on without.")
+
+        self.send(tried)
+
     def row(self, row: Mapping[str, Any], more: bool) -> None:
         """Sends a row of metrics; `more` of the same step are to come."""
         self.send(lambda sent: sent.row(row, more))
 
     def add(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
         """Sends with the rows of a step what `make` makes of the module wandb: pictures, tables."""
-        self.send(lambda sent: sent.add(step, make(self._wandb)) if sent.needs(step) else None)
+        self.extra(lambda sent: sent.add(step, make(self._wandb)) if sent.needs(step) else None)
 
     def best(self, row: Mapping[str, Any]) -> None:
         """Shows an evaluation as the best one."""
@@ -78,7 +91,7 @@ class Mirror:
         self._failed, seconds = state == "failed", FINISH_SECONDS
         self.send(lambda sent: sent.run.summary.update(summary(self.folder)))
         if self.config.wandb.checkpoint and state == "completed":
-            self.send(lambda sent: upload_best(self._wandb, sent.run, self.folder))
+            self.extra(lambda sent: upload_best(self._wandb, sent.run, self.folder))
             seconds = UPLOAD_SECONDS
         self._queue.put(None)
         self._thread.join(seconds)
@@ -92,8 +105,6 @@ class Mirror:
             sent = begin(run, self.step - 1 if run.offline else run.starting_step - 1)
             if not run.offline:
                 self._catch_up(sent)
-            if self.config.wandb.code:
-                upload_code(self._wandb, run)
             while send := self._queue.get():
                 send(sent)
             run.finish(exit_code=int(self._failed))
@@ -146,6 +157,7 @@ def options(wandb: Any, config: Config, folder: Path, mode: str) -> dict[str, An
             disable_code=not code,
             console="wrap" if config.wandb.console else "off",
             x_disable_meta=True,
+            x_save_requirements=code,
             host="",
             program="",
             silent=True,
@@ -160,7 +172,7 @@ def upload_code(wandb: Any, run: Any) -> None:
     listed = subprocess.run(listing, capture_output=True, text=True)
     outside = (str(path) for pattern in ("*.py", "*.yaml") for path in Path().glob(pattern))
     names = outside if listed.returncode else listed.stdout.split("\0")
-    code = wandb.Artifact(f"source-{run.id}", type="code")
+    code = wandb.Artifact(f"source-{run.id}", type="source")
     for name in names:
         if Path(name).is_file():
             code.add_file(str(name), name=str(name))
@@ -169,7 +181,8 @@ def upload_code(wandb: Any, run: Any) -> None:
 
 def upload_best(wandb: Any, run: Any, folder: Path) -> None:
     """Uploads the best checkpoint, or the last one where none is the best, as a version of an artifact."""
-    links = (folder / "checkpoints" / name for name in ("best.pt", "last.pt"))
+    names = ("best.pt", "best.sharded", "last.pt", "last.sharded")
+    links = (folder / "checkpoints" / name for name in names)
     path = next(link.resolve() for link in links if link.exists())
     model = wandb.Artifact(f"best-{run.id}", type="model", metadata={"file": path.name})
     add = model.add_dir if path.is_dir() else model.add_file

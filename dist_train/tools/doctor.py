@@ -199,7 +199,7 @@ def _wandb() -> Iterator[Finding]:
         yield Finding(
             "W&B",
             "no API key: runs are logged offline",
-            "`wandb login`, or later `wandb sync runs/*/wandb/offline-run-*`",
+            "`wandb login`, or later `dist-train sync runs`",
         )
 
 

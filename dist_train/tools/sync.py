@@ -47,6 +47,8 @@ def send(folder: Path, overrides: Sequence[str] = ()) -> str:
     import wandb
 
     mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "disabled":
+        raise UserError("WANDB_MODE=disabled: nothing can be sent.")
     if mode == "online" and not has_key(wandb):
         raise UserError("W&B knows no API key here; `wandb login` asks for one.")
     config = _config(folder, overrides)

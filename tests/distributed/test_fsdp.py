@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,18 @@ def runs(cwd: Path, words: list[str], *ways: tuple[str, int, list[str]]) -> list
 def test_a_sharded_model_ends_with_the_bits_of_one_process_and_of_ddp(
     words: list[str], tmp_path: Path
 ) -> None:
+    words = [*words, "log.histograms=true"]
     one, *others = runs(
         tmp_path, words, ("one", 1, []), ("ddp", 2, []), ("two", 2, [FSDP]), ("four", 4, [FSDP])
     )
     for other in others:
         assert same_bits(one, other)
+    shown = [(tmp_path / "runs" / name / "histograms.jsonl").read_text() for name in ("one", "ddp", "four")]
+    assert shown[0] == shown[1] == shown[2]
+    newest = json.loads(shown[0].splitlines()[-1])["weights"]
+    assert {name: sum(each["counts"]) for name, each in newest.items()} == {
+        name: weight.numel() for name, weight in one["average"].items() if name in newest
+    }
     exported = [(tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("one", "four")]
     assert exported[0] == exported[1]
 
