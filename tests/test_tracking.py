@@ -22,7 +22,7 @@ from dist_train.record.record import Lines
 from tests.processes import Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
-         "device=cpu", "model.args.hidden=[8]"]  # fmt: skip
+         "device=cpu", "model.args.hidden=[8]", "wandb.tables=never"]  # fmt: skip
 SECRETS = {"WANDB_API_KEY": "", "MY_SECRET": "sesame-9e107d9d372bb6826bd81d3542a419d6"}
 
 

@@ -34,7 +34,7 @@ def tables(
         samples: of each `number`, `image` uint8 `[H, W, C]`, `label`, `predicted`, `probability`, `loss`.
     """
     names = ("samples", "predicted", "right", "recall", "precision", "f1")
-    columns = [getattr(by_class, name).tolist() for name in names]
+    columns = [[None if n != n else n for n in getattr(by_class, name).tolist()] for name in names]
     found = {
         "tables/classes": wandb.Table(
             columns=["class", *names], data=[list(row) for row in zip(classes, *columns, strict=True)]
