@@ -190,7 +190,7 @@ def test_what_is_asked_for_is_shown_and_uploaded(
     assert [entry["path"] for entry in artifacts["source"]] == ["mine.py"]
     best = (run / "checkpoints" / "best.pt").resolve()
     assert [entry["local_path"] for entry in artifacts["model"]] == [str(best)]
-    assert "completed at step 12" in (file.parent / "files" / "output.log").read_text()
+    assert any("completed at step 12" in said["line"] for said in inspected(file, "output_raw"))
 
 
 def test_a_run_that_fails_raises_an_alert(
