@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,10 @@ class Evaluation:
     sets: data.Data
     task: tasks.Task
     model: nn.Module
+
+    def of(self, samples: data.Samples) -> Evaluation:
+        """The same of other samples, as a part of the eval set."""
+        return replace(self, sets=replace(self.sets, eval=samples))
 
     def measure(self, task: tasks.Task) -> dict[str, float]:
         """What `task` reports of the whole eval set."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 import time
@@ -23,6 +24,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
+from dist_train import __version__
 from dist_train.cluster import board, slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError, counted
@@ -71,6 +73,17 @@ class Runtime:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == "darwin" else 1024
         return {"perf/memory_gb": round(peak / 1e9, 3)}
+
+    def machine(self) -> dict[str, Any]:
+        """What this process runs on, for the record."""
+        return {
+            "device": self.device_name,
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "dist_train": __version__,
+        }
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's `value` (any small picklable object) on every rank."""

@@ -197,7 +197,7 @@ def _fit(config: Config, ranks: Runtime, guard: Guard, given: Given, kept: Kept)
             if first and not newest:
                 weights.keep(config, first)
             first = None  # takes as much memory as the model
-            begin = Begin(learner.step, job.total, ranks.world_size, learner.parts)
+            begin = Begin(learner.step, job.total, ranks.world_size, learner.parts, ranks.machine())
             record = Record(config, begin, guard.started, ranks.is_main, given.on_row)
             saver = _open(job, state, by, record, [*_describe(job, learner), *notes])
             record.mirror(config, kept.mirror)

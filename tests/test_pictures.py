@@ -55,7 +55,7 @@ def test_what_is_no_classification_is_drawn_too(
 
 def test_values_beyond_white_are_scaled_alike_in_a_row() -> None:
     row = [(torch.full((1, 2, 2), value), "") for value in (-1.0, 0.0, 3.0, float("nan"))]
-    assert [float(image.mean()) for image in pictures._visible(row)] == [0.0, 0.25, 1.0, 0.25]
+    assert [float(image.mean()) for image in pictures.visible(row)] == [0.0, 0.25, 1.0, 0.25]
 
 
 def test_images_of_any_number_of_channels_and_titles_in_any_letters_are_drawn(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dist_train.cli.app import Configs, app
+from dist_train.cli.app import Configs, Trust, app
 from dist_train.config import counted, is_override, load_words
 from dist_train.console import say
 from dist_train.importing import importing
@@ -106,3 +106,22 @@ def sync(
         lines = list(syncing.described(folder, overrides))
         print(f"{folder}: {counted(len(lines), 'step')}", file=sys.stderr)
         print("\n".join(lines))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page, one HTML file; by default report.html in the run's folder.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Measure and look at all images, however many there are.")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Tell all of a run on one page: curves, time, classes, calibration, worst images, data, leaks."""
+    with importing():
+        from dist_train.tools import report as reporting
+
+    reporting.report(run, out or run / "report.html", overrides or [], everything=everything, trust=trust)

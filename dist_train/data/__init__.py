@@ -49,6 +49,7 @@ __all__ = [
     "Data",
     "Feed",
     "ImageTransform",
+    "Samples",
     "Source",
     "build",
     "described",

@@ -251,4 +251,4 @@ document.querySelectorAll("section > h2").forEach((heading, i) => {
   document.querySelector("nav").append(element("a", { href: `#part-${i}` }, heading.textContent));
 });
 document.querySelectorAll(".chart").forEach(chart);
-document.querySelectorAll("table").forEach(sortable);
+document.querySelectorAll(".wide table").forEach(sortable);

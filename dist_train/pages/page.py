@@ -65,9 +65,19 @@ def section(heading: str, *parts: str) -> Html:
     return Html(f"<section><h2>{escape(heading)}</h2>{''.join(map(escape, parts))}</section>")
 
 
+def grid(*parts: str) -> Html:
+    """Parts beside each other, where there is room."""
+    return Html(f'<div class="grid">{"".join(map(escape, parts))}</div>')
+
+
 def text(*paragraphs: str) -> Html:
     """Paragraphs."""
     return Html("".join(f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs))
+
+
+def warning(sentence: str) -> Html:
+    """A sentence that must not be passed over."""
+    return Html(f'<p class="warning">{escape(sentence)}</p>')
 
 
 def folded(title: str, code: str) -> Html:

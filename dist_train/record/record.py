@@ -39,6 +39,7 @@ class Begin(NamedTuple):
     total: int  # optimizer steps of the whole run
     processes: int  # the world size
     parts: int  # of each step
+    machine: dict[str, Any]  # what rank 0 runs on
 
 
 class Record:
@@ -81,7 +82,10 @@ class Record:
         self._known_bad = {line["sample"] for line in read_lines(self._bad.path)}
         attempts = Lines(self.folder / "attempts.jsonl")
         line = {"attempt": self.attempt, "step": begin.step, "processes": begin.processes}
-        attempts.add(json.dumps(line | {"parts": begin.parts, "config": to_mapping(config)}))
+        machine = {**begin.machine, "host": socket.gethostname()}
+        attempts.add(
+            json.dumps(line | {"parts": begin.parts, "machine": machine, "config": to_mapping(config)})
+        )
         attempts.close()
         self.status("running", begin.step)
 

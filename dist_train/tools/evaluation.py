@@ -24,7 +24,7 @@ from dist_train.data.csv_file import column
 from dist_train.data.samples import Samples
 from dist_train.outcomes import Keeping, Outcomes
 from dist_train.predict import Evaluation, evaluation
-from dist_train.tools.pictures import Cell, write_confusion, write_grid
+from dist_train.tools.pictures import Cell, confusion, write_grid
 
 WORST = 32  # images in the sheet
 COLUMNS = 8
@@ -178,7 +178,7 @@ def _write(
             ["class", *names],
             ([n, *r] for n, r in zip(names, matrix, strict=True)),
         )
-        write_confusion(matrix, names, temporary / "confusion.png")
+        (temporary / "confusion.png").write_bytes(confusion(matrix, names))
     if samples.transform is not None:
         cells = image_cells(samples, outcomes, said.worst(outcomes, WORST), names)
         write_grid([cells[n : n + COLUMNS] for n in range(0, len(cells), COLUMNS)], temporary / "worst.png")

@@ -35,17 +35,17 @@ def write_grid(rows: Sequence[Sequence[Cell]], output: Path) -> None:
     for axis in axes.flat:
         axis.axis("off")
     for line, pictures in zip(axes, rows, strict=True):
-        for axis, image, (given, title) in zip(line, _visible(pictures), pictures, strict=False):
+        for axis, image, (given, title) in zip(line, visible(pictures), pictures, strict=False):
             axis.imshow(image.numpy(), cmap="gray" if image.ndim == 2 else None, vmin=0, vmax=1)
             broken = ~given.isfinite().all(0)
             if broken.any():
                 axis.imshow((broken[..., None] * torch.tensor([1.0, 0.0, 1.0, 1.0])).numpy())
             axis.set_title(title, fontsize=8, parse_math=False)
-    _save(figure, output)
+    write_output(output, _png(figure))
 
 
-def write_confusion(counts: np.ndarray, names: Sequence[str], output: Path) -> None:
-    """Draws how many samples of each class (row) are said to be of each (column), `[K, K]`.
+def confusion(counts: np.ndarray, names: Sequence[str]) -> bytes:
+    """A PNG of how many samples of each class (row) are said to be of each (column), `[K, K]`.
 
     The darker a cell, the greater the share of its row; of up to 30 classes the numbers are written.
     """
@@ -66,11 +66,11 @@ def write_confusion(counts: np.ndarray, names: Sequence[str], output: Path) -> N
     for row, column in np.argwhere(counts) if classes <= MOST_NUMBERS else ():
         color = "white" if shares[row, column] > 0.5 else "black"
         axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=color)
-    _save(figure, output)
+    return _png(figure)
 
 
-def _save(figure: Any, output: Path) -> None:
-    """Writes a figure of matplotlib as PNG."""
+def _png(figure: Any) -> bytes:
+    """A figure of matplotlib as PNG."""
     import matplotlib.pyplot as plt
 
     drawn = io.BytesIO()
@@ -78,10 +78,10 @@ def _save(figure: Any, output: Path) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a title in other letters than the font's
         figure.savefig(drawn, format="png", dpi=120)
     plt.close(figure)
-    write_output(output, drawn.getvalue())
+    return drawn.getvalue()
 
 
-def _visible(cells: Sequence[Cell]) -> list[torch.Tensor]:
+def visible(cells: Sequence[Cell]) -> list[torch.Tensor]:
     """The images as `[H, W]` or `[H, W, C]` from 0 to 1, by one scale: so they can be compared."""
     images = [image.nan_to_num(0, 0, 0) for image, _ in cells]
     for image in images:
