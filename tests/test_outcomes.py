@@ -155,6 +155,9 @@ def test_what_is_saved_is_what_the_model_says_and_the_same_on_two_processes(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     outcome, _, names = evaluation.read(folder)
     assert outcome.loss.dtype == np.float32 and len(outcome) == len(names) == len(rows)
+    (folder / "outcomes.npz").write_bytes(before["outcomes.npz"][:300])
+    with pytest.raises(UserError, match="not what `eval --save` writes; delete it, or write it anew"):
+        evaluation.read(folder)
 
 
 def test_images_that_cant_be_read_are_left_out_and_the_others_keep_their_names(

@@ -67,6 +67,11 @@ def test_leaks_twins_and_a_class_without_samples_are_told_also_where_the_data_ar
     gone = written("runs/leaky")
     assert f"Left out. The data: data.root: there is no folder {leaky}" in gone
     assert "<h2>Curves</h2>" in gone and "<h2>Classes</h2>" not in gone
+    (saved := Path("runs/leaky/evaluations/some")).mkdir(parents=True)
+    (saved / "outcomes.npz").write_text("broken")
+    assert "Left out. What was saved: runs/leaky/evaluations/some: not what `eval --save`" in written(
+        "runs/leaky"
+    )
     moved = written("runs/leaky", overrides=[f"data.root={leaky.with_name('elsewhere')}"])
     assert "<h2>Classes</h2>" in moved and "Left out" not in moved
 

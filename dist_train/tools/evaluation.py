@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,12 +114,22 @@ def folder_of(ready: Evaluation, overrides: Sequence[str]) -> Path:
 
 
 def read(folder: Path) -> tuple[Outcomes, dict[str, Any], list[str]]:
-    """What `evaluate` saved in a folder: what the model said, the notes on it, and each image's name."""
-    with np.load(folder / "outcomes.npz", allow_pickle=False) as stored:
-        outcomes = Outcomes(**stored)
-    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        names = [row["image"] for row in csv.DictReader(file)]
-    return outcomes, json.loads((folder / "evaluation.json").read_text(encoding="utf-8")), names
+    """What `evaluate` saved in a folder: what the model said, the notes on it, and each image's name.
+
+    Raises UserError for what it has not written.
+    """
+    try:
+        with np.load(folder / "outcomes.npz", allow_pickle=False) as stored:
+            outcomes = Outcomes(**stored)
+        notes = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+            names = [row["image"] for row in csv.DictReader(file)]
+        known = len(notes["classes"])
+        if len(names) != len(outcomes) or not ((outcomes.label >= 0) & (outcomes.label < known)).all():
+            raise ValueError
+    except (OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):
+        raise UserError(f"{folder}: not what `eval --save` writes; delete it, or write it anew.") from None
+    return outcomes, notes, names
 
 
 def class_names(classes: Sequence[str], outcomes: Outcomes) -> list[str]:

@@ -75,13 +75,16 @@ def _do_without(found: Findings, run: Path, overrides: Sequence[str], trust: boo
         except (UserError, OSError) as error:
             found.left_out.append(f"The data: {error}")
     folders = sorted(run.glob("evaluations/*/outcomes.npz"), key=lambda path: path.stat().st_mtime)
-    if found.outcomes is None and folders:
+    if found.outcomes is not None or not folders:
+        return
+    try:
         found.outcomes, notes, _ = saving.read(folders[-1].parent)
-        found.classes, found.known = (
-            saving.class_names(notes["classes"], found.outcomes),
-            len(notes["classes"]),
-        )
-        found.of = f"{len(found.outcomes):,} samples, as saved in {folders[-1].parent.name}"
+    except UserError as error:
+        found.left_out.append(f"What was saved: {error}")
+        return
+    found.known = len(notes["classes"])
+    found.classes = saving.class_names(notes["classes"], found.outcomes)
+    found.of = f"{len(found.outcomes):,} samples, as saved in {folders[-1].parent.name}"
 
 
 # --- the model -------------------------------------------------------------------------------------------
