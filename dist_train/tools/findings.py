@@ -44,6 +44,7 @@ class Findings:
     leaks: list[tuple[str, str]] = field(default_factory=list)  # names of (training, eval) samples: the first
     leaked: int = 0  # eval samples that are in the training set
     twins: list[tuple[str, str]] = field(default_factory=list)  # (names, classes) of samples of equal pixels
+    conflicts: list[str] = field(default_factory=list)  # the names of those whose labels differ
     twinned: int = 0  # training samples that repeat another
 
 
@@ -165,7 +166,10 @@ def _look(found: Findings, sets: data.Data, everything: bool) -> None:
     labels = found.train.labels
     for group in groups[:MOST_TOLD]:
         own = dict.fromkeys(_name(found.classes, labels, n) for n in group) if labels is not None else {}
-        found.twins.append((", ".join(sets.train.name(n) for n in group), ", ".join(own)))
+        names = ", ".join(sets.train.name(n) for n in group)
+        found.twins.append((names, ", ".join(own)))
+        if len(own) > 1:
+            found.conflicts.append(names)
 
 
 def _name(classes: Sequence[str], labels: np.ndarray, sample: int) -> str:

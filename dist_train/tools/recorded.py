@@ -18,6 +18,7 @@ from dist_train.record.terminal import clock
 from dist_train.tools.status import collect
 
 Row = dict[str, Any]
+MOST_POINTS = 4_000  # of a curve that are drawn, evenly spread over it
 MOST_LOG = 400  # lines of the log that are shown
 
 
@@ -110,7 +111,14 @@ def _within(rows: Iterable[Row], name: str) -> bool:
 def _curve(rows: Iterable[Row], name: str) -> Curve:
     points = [(row["step"], row[name]) for row in rows if name in row and not isinstance(row[name], str)]
     values = [math.nan if value is None else value for _, value in points]
-    return Curve(name, np.array([step for step, _ in points], float), np.array(values, float))
+    x, y = np.array([step for step, _ in points], float), np.array(values, float)
+    return Curve(name, _spread(x), _spread(y))
+
+
+def _spread(values: np.ndarray) -> np.ndarray:
+    """At most MOST_POINTS of the values, the first and the last among them."""
+    count = min(len(values), MOST_POINTS)
+    return values[np.linspace(0, len(values) - 1, count).round().astype(int)] if count else values
 
 
 # --- time ------------------------------------------------------------------------------------------------
@@ -132,7 +140,8 @@ def time(run: Recorded) -> Html:
         before = [row["time"] for row in run.all_rows if row.get("attempt", 0) < attempt["attempt"]]
         x = [max(before, default=0.0), *(row["time"] for row in own)]
         y = [attempt["step"], *(row["step"] for row in own)]
-        lines.append(Curve(f"attempt {attempt['attempt']}", np.array(x, float), np.array(y, float)))
+        drawn = (_spread(np.array(x, float)), _spread(np.array(y, float)))
+        lines.append(Curve(f"attempt {attempt['attempt']}", drawn[0], drawn[1]))
     if lines:
         parts.append(chart("Steps over the time of the run, by attempt", "time", "step", lines))
         head = ("attempt", "from step", "to step", "processes", "parts", "steps done again", "changed")

@@ -87,8 +87,8 @@ def troubles(record: Recorded, found: Findings) -> Iterator[str]:
             f"A leak: {found.leaked:,} of {found.eval.seen:,} eval samples have the very pixels of a training"
             f" sample ({first}{'; ...' if found.leaked > 3 else ''}), so the eval set shows too much."
         )
-    if conflicts := [names for names, classes in found.twins if ", " in classes]:
-        yield f"The same pixels under two labels in the training set: {'; '.join(conflicts[:3])}."
+    if found.conflicts:
+        yield f"The same pixels under two labels in the training set: {'; '.join(found.conflicts[:3])}."
     for sentence in found.left_out:
         yield f"Left out. {sentence}"
 
