@@ -145,3 +145,7 @@ def test_a_chart_without_points_and_a_table_without_rows_break_nothing(
     browser.open(tmp_path / "empty.html")
     assert browser.run("return document.querySelectorAll('canvas').length") == 3
     assert browser.said() == []
+
+
+def test_a_name_of_a_file_that_is_no_text_can_be_on_a_page() -> None:
+    assert b"runs/\\udcff" in page.page("runs/\udcff").encode()

@@ -19,8 +19,10 @@ import pytest
 
 from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
-from dist_train.record.history import last_rows, read_metrics, read_values
+from dist_train.record.history import Followed, last_rows, read_config, read_metrics, read_values
+from dist_train.tools import seen
 from dist_train.tools.asked import Comparison
+from dist_train.tools.compare.runs import find
 from dist_train.tools.status import collect
 from tests.processes import Finished
 
@@ -128,6 +130,28 @@ def test_the_table_holds_all_runs_and_tolerates_old_ones(
         ("runs/old", "completed"),
     ]
     assert rows[0]["reason"] == "OSError: disk full"
+
+
+OTHER = b'5\n[]\nnull\n"x"\n{"a": 1}\n{"kind": "eval", "step": "x"}\n\xff\xfe\x00\n' + b"[" * 100_000
+OF_OTHER_KINDS = b"""{"state": 5, "step": "x", "best": [1], "metrics": {"eval/loss": "x", "eval/error": 1},
+    "seconds": 3, "goodput": "x", "attempts": [1], "run": "/etc", "asked": 3}"""
+
+
+@pytest.mark.parametrize("status", [b"[]", b"{", b"[" * 100_000, b"\xff", OF_OTHER_KINDS])
+def test_what_no_run_has_written_is_left_out(tmp_path: Path, status: bytes) -> None:
+    folder = write_run(tmp_path / "damaged")
+    row = {"kind": "train", "step": 2, "attempt": 1, "time": 1.0, "train/loss": 3.0}
+    (folder / "status.json").write_bytes(status)
+    (folder / "metrics.jsonl").write_bytes(OTHER + b"\n" + json.dumps(row).encode() + b"\n")
+    (folder / "attempts.jsonl").write_bytes(b"[]\n" + json.dumps({"config": "x"}).encode())
+    (run,) = collect([folder])
+    assert (run["run"], run["state"], run.get("step")) == (str(folder), "unknown", None)
+    assert (run.get("metrics") or {}) == ({"eval/error": 1} if status == OF_OTHER_KINDS else {})
+    assert read_metrics(folder) == last_rows(folder, {"eval"}) == [row]
+    assert read_values(folder, "train/loss") == [3.0] and read_config(folder) == {}
+    assert find([str(folder)])[0].curve("train/loss", "time")[1].tolist() == [3.0]
+    (shown,) = seen.statuses([folder])
+    assert seen.look(shown, Followed(folder, seen.KEPT)).curves == {"train/loss": [(2, 3.0)]}
 
 
 def test_a_long_trouble_is_cut_to_the_width(cli: Callable[..., Finished], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Curve(NamedTuple):
 def page(title: str, *sections: str, lead: str = "") -> str:
     """A whole page, with `lead` below its title; light or dark as the reader's system is, or by a button."""
     style = _read("vendor/uPlot.min.css") + _read("page.css")
-    return f"""<!doctype html>
+    made = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -58,6 +58,7 @@ def page(title: str, *sections: str, lead: str = "") -> str:
 </body>
 </html>
 """
+    return made.encode(errors="backslashreplace").decode()  # a file's name may be no text
 
 
 def section(heading: str, *parts: str) -> Html:

@@ -6,44 +6,63 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+Parse = Callable[[Iterable[bytes]], Iterator[dict[str, Any]]]
+STATUS: dict[str, type | tuple[type, ...]] = {  # what kinds of values status.json has
+    **dict.fromkeys(("state", "reason", "trouble", "host"), str),
+    **dict.fromkeys(("step", "total_steps", "attempts", "processes"), int),
+    **dict.fromkeys(("lost_steps", "skipped_steps", "bad_samples"), int),
+    **dict.fromkeys(("samples_per_second", "goodput"), (int, float)),
+    **dict.fromkeys(("metrics", "best", "seconds"), dict),
+}
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file of lines; what a kill cut short is left out."""
-    with contextlib.suppress(FileNotFoundError):
-        yield from _parsed(path.read_bytes().split(b"\n"))
-
-
-def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except ValueError:  # nothing, or what a kill has cut
-            continue
+    yield from _parsed(_lines(path))
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """status.json of a run, or an empty dict."""
+    """status.json of a run, or an empty dict; values of another kind than runs write are left out."""
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = _loaded((folder / "status.json").read_bytes())
+    except OSError:
         return {}
+    if not isinstance(found, dict):
+        return {}
+    kept = {key: value for key, value in found.items() if _fits(value, STATUS.get(key))}
+    groups = {
+        key: {name: each for name, each in kept[key].items() if _fits(each, (int, float))}
+        for key, kind in STATUS.items()
+        if kind is dict and kept.get(key)
+    }
+    return kept | groups
+
+
+def _fits(value: Any, kind: type | tuple[type, ...] | None) -> bool:
+    return value is None or kind is None or isinstance(value, kind)
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """The attempts of a run: of each its number, the `step` it began after, `processes` and `config`."""
-    return list(read_lines(folder / "attempts.jsonl"))
+    return list(_rows(_lines(folder / "attempts.jsonl")))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a run's last attempt, as nested dicts; empty where none is recorded."""
-    for lines in _from_end(folder / "attempts.jsonl"):
+    for lines in _from_end(folder / "attempts.jsonl", _parsed):
         if lines:
-            return lines[-1].get("config") or {}
+            config = lines[-1].get("config")
+            return config if isinstance(config, dict) else {}
     return {}
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """All rows of metrics of a run, as they were written, also those that a later attempt took back."""
+    yield from _rows(_lines(folder / "metrics.jsonl"))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -51,7 +70,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     Rows that a later attempt took back, because it went on from an earlier step, are left out.
     """
-    return effective(read_lines(folder / "metrics.jsonl"))
+    return effective(read_rows(folder))
 
 
 def effective(
@@ -91,11 +110,38 @@ class Followed:
             file.seek(self._read)
             lines, end, _ = file.read().rpartition(b"\n")  # the last line may be in the making
             self._read += len(lines) + len(end)
-            effective(map(self._kept, _parsed(lines.split(b"\n"))), self.rows)
+            effective(map(self._kept, _rows(lines.split(b"\n"))), self.rows)
         return self.rows
 
     def _kept(self, row: dict[str, Any]) -> dict[str, Any]:
         return {sys.intern(name): row[name] for name in row if name.startswith(self.prefixes)}
+
+
+def _lines(path: Path) -> list[bytes]:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes().split(b"\n")
+    return []
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if isinstance(found := _loaded(line), dict):
+            yield found
+
+
+def _loaded(text: bytes) -> Any:
+    """The JSON value of a text, or None: for nothing, and for what a kill has cut or no run has written."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """Those that are rows of metrics or attempts; a damaged file may hold others."""
+    for row in _parsed(lines):
+        if isinstance(row.get("step"), int) and isinstance(row.get("attempt"), int):
+            yield row
 
 
 def read_values(folder: Path, name: str) -> list[float]:
@@ -104,10 +150,10 @@ def read_values(folder: Path, name: str) -> list[float]:
         read = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return []
-    newest = [row["attempt"] for row in _parsed([read.rstrip().rpartition(b"\n")[2]])]
+    newest = [row["attempt"] for row in _rows([read.rstrip().rpartition(b"\n")[2]])]
     # Where none was taken back, other rows need not be parsed.
     lines = _with(json.dumps(name).encode(), read) if newest == [1] else read.split(b"\n")
-    return [row[name] for row in effective(_parsed(lines)) if row.get(name) is not None]
+    return [row[name] for row in effective(_rows(lines)) if row.get(name) is not None]
 
 
 def _with(word: bytes, read: bytes) -> Iterator[bytes]:
@@ -122,22 +168,22 @@ def _with(word: bytes, read: bytes) -> Iterator[bytes]:
 def last_rows(folder: Path, kinds: Collection[str]) -> list[dict[str, Any]]:
     """The last effective rows of a run, back to one of each of these kinds; reads the end of its file."""
     kept: list[dict[str, Any]] = []
-    for lines in _from_end(folder / "metrics.jsonl"):
+    for lines in _from_end(folder / "metrics.jsonl", _rows):
         kept = effective(lines)
-        if {*kinds} <= {row["kind"] for row in kept}:
+        if {*kinds} <= {row.get("kind") for row in kept}:
             break
     return kept
 
 
-def _from_end(path: Path, room: int = 1024) -> Iterator[list[dict[str, Any]]]:
-    """The JSON objects in the last `room` bytes of a file of lines, then in ever more, at last in all."""
+def _from_end(path: Path, parsed: Parse, room: int = 1024) -> Iterator[list[dict[str, Any]]]:
+    """What `parsed` makes of the last `room` bytes of a file of lines, then in ever more, at last in all."""
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         while True:
             begin = max(0, size - room)
             file.seek(begin)
             lines = file.read(size - begin).split(b"\n")
-            yield list(_parsed(lines[begin > 0 :]))  # the first one may be cut
+            yield list(parsed(lines[begin > 0 :]))  # the first one may be cut
             if not begin:
                 return
             room *= 4

@@ -13,7 +13,7 @@ import numpy as np
 from dist_train.config import UserError, changes, completed, to_mapping
 from dist_train.config.schema import Config
 from dist_train.pages.page import Curve, Html, bars, chart, folded, grid, section, table, text, tiles
-from dist_train.record.history import read_attempts, read_lines, read_metrics, read_status
+from dist_train.record.history import read_attempts, read_metrics, read_rows, read_status
 from dist_train.record.terminal import clock
 from dist_train.tools.status import collect
 
@@ -39,7 +39,7 @@ class Recorded:
             raise UserError(f"{folder}: there is no such run.")
         status = collect([folder])[0] if read_status(folder) else {}
         rows = read_metrics(folder)
-        return cls(folder, status, rows, list(read_lines(folder / "metrics.jsonl")), read_attempts(folder))
+        return cls(folder, status, rows, list(read_rows(folder)), read_attempts(folder))
 
     @property
     def best(self) -> tuple[str, float | None, int | None]:
@@ -134,10 +134,10 @@ def time(run: Recorded) -> Html:
         spent.append(("other", max(0.0, total - sum(value for _, value in spent))))
         shares = [(f"{name}, {clock(value)}", round(100 * value / total, 1)) for name, value in spent]
         parts.append(bars(f"Where {clock(total)} went, in percent", shares, most=100))
-    lines = []
+    lines, timed = [], [row for row in run.all_rows if isinstance(row.get("time"), (int, float))]
     for attempt in run.attempts:
-        own = [row for row in run.all_rows if row.get("attempt") == attempt["attempt"]]
-        before = [row["time"] for row in run.all_rows if row.get("attempt", 0) < attempt["attempt"]]
+        own = [row for row in timed if row["attempt"] == attempt["attempt"]]
+        before = [row["time"] for row in timed if row["attempt"] < attempt["attempt"]]
         x = [max(before, default=0.0), *(row["time"] for row in own)]
         y = [attempt["step"], *(row["step"] for row in own)]
         drawn = (_spread(np.array(x, float)), _spread(np.array(y, float)))

@@ -52,18 +52,24 @@ ORDER = ("running", "lost", "failed", "interrupted", "unknown", "completed")
 def statuses(runs: list[Path]) -> list[dict[str, Any]]:
     """The status of each run, those that go on or need somebody first; of several, the newest first."""
     rows = collect(runs, ask_slurm=False)
+    places = {state: place for place, state in enumerate(ORDER)}
     return sorted(
-        rows, key=lambda row: (ORDER.index(row["state"]), -_changed(Path(row["run"]) / "status.json"))
+        rows,
+        key=lambda row: (
+            places.get(row["state"], places["unknown"]),
+            -_changed(Path(row["run"]) / "status.json"),
+        ),
     )
 
 
 def _left(run: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     """Seconds to the end, at the speed of the last row."""
     row = next((row for row in reversed(rows) if row.get("perf/seconds_left") is not None), None)
-    if run["state"] != "running" or row is None or row["step"] >= run["total_steps"]:
+    total = run.get("total_steps") or 0
+    if run["state"] != "running" or row is None or row["step"] >= total:
         return None
-    steps = run["total_steps"] - max(run["step"], row["step"])
-    return float(row["perf/seconds_left"]) * steps / (run["total_steps"] - row["step"])
+    steps = total - max(run.get("step") or 0, row["step"])
+    return float(row["perf/seconds_left"]) * steps / (total - row["step"])
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Curve]:

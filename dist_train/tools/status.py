@@ -98,7 +98,8 @@ def _runs(path: Path) -> list[Path]:
 
 def _row(folder: Path) -> dict[str, Any]:
     status = read_status(folder)
-    row = {"run": str(folder), **status, "state": status.get("state", "unknown")}
+    own = {"run": str(folder), "state": status.get("state") or "unknown"}
+    row = own | status | own
     lost = row["state"] == "running" and _lost(folder, status)
     if lost:
         row |= {"state": "lost", "trouble": lost}

@@ -117,7 +117,7 @@ def as_csv(comparison: Comparison) -> bytes:
     writer.writerow([*head, *comparison.keys])
     for (group, _), row in zip(_each(comparison), rows, strict=True):
         writer.writerow([*row, *(group.config.get(key) for key in comparison.keys)])
-    return table.getvalue().encode()
+    return table.getvalue().encode(errors="backslashreplace")  # a folder's name may be no text
 
 
 WRITERS: dict[str, Callable[[Comparison], bytes]] = {".html": as_html, ".png": as_png, ".csv": as_csv}

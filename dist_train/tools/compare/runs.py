@@ -35,10 +35,11 @@ class Run:
 
         Raises UserError where the run doesn't tell how long an epoch is.
         """
-        points = [(row, row[metric]) for row in self.rows if _is_number(row.get(metric))]
-        x = [row["time" if axis == "time" else "step"] for row, _ in points]
+        along = "time" if axis == "time" else "step"
+        points = [row for row in self.rows if _is_number(row.get(metric)) and _is_number(row.get(along))]
+        x, y = ([row[name] for row in points] for name in (along, metric))
         scale = {"samples": self._batch_size, "epoch": lambda: 1 / self._per_epoch()}.get(axis, lambda: 1)
-        return np.array(x, float) * scale(), np.array([y for _, y in points], float)
+        return np.array(x, float) * scale(), np.array(y, float)
 
     @property
     def speed(self) -> float | None:
