@@ -107,7 +107,8 @@ def _in_short(task: Any, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Ten
     losses = each_loss(task, outputs, batch.targets, batch.rows).float()
     labels = batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets
     # Stable: of equal scores the first class leads, as argmax has it.
-    ranked = outputs.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
+    # Copied: a view would keep the whole table [B, K] of each batch.
+    ranked = outputs.sort(dim=1, descending=True, stable=True).indices[:, :TOP].clone()
     probabilities = outputs.float().softmax(1)
     of_label = probabilities.gather(1, labels[:, None])[:, 0]
     return labels, ranked, probabilities.gather(1, ranked), of_label, losses
