@@ -21,6 +21,9 @@ from dist_train.tasks import Task, is_classification
 from dist_train.tasks.base import each_loss, name_of
 
 TOP = 3  # classes that are kept of each sample
+# Samples for which room is made at once: small tensors that stay between large ones that go would keep the
+# heap from being used again, which costs some MB a batch.
+ROOM = 2**16
 BINS = 15  # of a reliability curve, as Guo et al. have it
 
 
@@ -68,7 +71,8 @@ class Keeping:
                 " of classes, no confusion matrix and no calibration."
             )
         self.task, self.best = task, task.best
-        self.kept: list[tuple[np.ndarray, tuple[torch.Tensor, ...]]] = []
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []  # whole numbers and others, [ROOM, ...] each
+        self.count = 0  # of samples, in all of these
 
     def losses(self, model: nn.Module, batch: Batch) -> Any:
         """The task's."""
@@ -87,31 +91,43 @@ class Keeping:
             return given[-1]
 
         sums = self.task.sums(remembering, batch)  # type: ignore[arg-type]
-        self.kept.append((batch.part.indices, _in_short(self.task, given[-1], batch)))
+        self._keep(*_in_short(self.task, given[-1], batch))
         return sums
+
+    def _keep(self, whole: torch.Tensor, real: torch.Tensor) -> None:
+        while len(whole):
+            filled = self.count % ROOM
+            if not filled:
+                self.kept.append((whole.new_empty(ROOM, whole.shape[1]), real.new_empty(ROOM, real.shape[1])))
+            for room, rows in zip(self.kept[-1], (whole, real), strict=True):
+                room[filled : filled + len(rows)] = rows[: ROOM - filled]
+            self.count += min(len(whole), ROOM - filled)
+            whole, real = whole[ROOM - filled :], real[ROOM - filled :]
 
     def gathered(self, ranks: Runtime) -> Outcomes:
         """All ranks' samples in their order, each once, on each rank: the same for any number of ranks."""
         mine = None
         if self.kept:
-            numbers = np.concatenate([indices for indices, _ in self.kept])
-            values = zip(*(values for _, values in self.kept), strict=True)
-            mine = (numbers, *(torch.cat(each).cpu().numpy() for each in values))
-        columns = [np.concatenate(parts) for parts in zip(*filter(None, ranks.gather(mine)), strict=True)]
-        first = np.unique(columns[0], return_index=True)[1]  # a batch that only fills in repeats some
-        return Outcomes(*(column[first] for column in columns))
+            mine = [torch.cat(parts)[: self.count].cpu().numpy() for parts in zip(*self.kept, strict=True)]
+        whole, real = map(np.concatenate, zip(*filter(None, ranks.gather(mine)), strict=True))
+        first = np.unique(whole[:, 0], return_index=True)[1]  # a batch that only fills in repeats some
+        whole, real = whole[first], real[first]
+        return Outcomes(whole[:, 0], whole[:, 1], whole[:, 2:], real[:, 2:], real[:, 0], real[:, 1])
 
 
-def _in_short(task: Any, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
-    """Of scores `[B, K]`: label, ranked classes, their probabilities, the label's, and the loss."""
+def _in_short(task: Any, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of scores `[B, K]`: number, label and ranked classes `[B, 2 + T]`; the label's probability, the loss
+    and the probabilities of the ranked ones `[B, 2 + T]`.
+    """
     losses = each_loss(task, outputs, batch.targets, batch.rows).float()
     labels = batch.targets.argmax(1) if batch.targets.ndim == 2 else batch.targets
     # Stable: of equal scores the first class leads, as argmax has it.
-    # Copied: a view would keep the whole table [B, K] of each batch.
-    ranked = outputs.sort(dim=1, descending=True, stable=True).indices[:, :TOP].clone()
+    ranked = outputs.sort(dim=1, descending=True, stable=True).indices[:, :TOP]
     probabilities = outputs.float().softmax(1)
-    of_label = probabilities.gather(1, labels[:, None])[:, 0]
-    return labels, ranked, probabilities.gather(1, ranked), of_label, losses
+    of_label = probabilities.gather(1, labels[:, None])
+    numbers = torch.from_numpy(batch.part.indices).to(labels.device, non_blocking=True)
+    whole = torch.cat([numbers[:, None], labels[:, None], ranked], dim=1)
+    return whole, torch.cat([of_label, losses[:, None], probabilities.gather(1, ranked)], dim=1)
 
 
 # --- by class ------------------------------------------------------------------------------------------

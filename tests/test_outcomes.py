@@ -190,18 +190,38 @@ def test_what_is_not_offered_is_told_in_a_sentence(
         outcomes.Keeping(Segmentation())
 
 
+class Alone:
+    """One process."""
+
+    @staticmethod
+    def gather(value: Any) -> list[Any]:
+        """Its own value."""
+        return [value]
+
+
+def test_only_some_numbers_of_each_sample_are_kept_and_all_samples_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outcomes, "ROOM", 8)
+    scores, keeping = torch.randn(20, 500), outcomes.Keeping(Classification())
+    for first, last in ((0, 5), (5, 8), (8, 20)):
+        numbers = np.arange(first, last)
+        part = Part(0, 0, numbers, len(numbers), len(numbers))
+        batch = Batch(scores[first:last], torch.from_numpy(numbers), part)
+        keeping.sums(lambda inputs: inputs, batch)  # type: ignore[arg-type]
+    sizes = [tensor.untyped_storage().nbytes() for pair in keeping.kept for tensor in pair]
+    assert sum(sizes) == 3 * 8 * 5 * (8 + 4)  # of 500 classes none but the first ones
+    said = keeping.gathered(Alone())  # type: ignore[arg-type]
+    assert said.sample.tolist() == said.label.tolist() == list(range(20))
+    assert said.predicted.tolist() == scores.argmax(1).tolist()
+    np.testing.assert_allclose(said.of_label, scores.softmax(1)[range(20), range(20)], rtol=1e-5)
+    np.testing.assert_allclose(said.loss, -np.log(said.of_label), rtol=1e-4)
+
+
 def test_equal_scores_are_of_the_first_class_as_in_the_accuracy() -> None:
     keeping = outcomes.Keeping(Classification())
     batch = Batch(torch.zeros(2, 1), torch.tensor([0, 3]), Part(0, 0, np.array([4, 2]), 2, 2))
     sums = keeping.sums(lambda inputs: torch.zeros(2, 20), batch)  # type: ignore[arg-type]
-
-    class Alone:
-        @staticmethod
-        def gather(value: Any) -> list[Any]:
-            return [value]
-
-    kept = [tensor for _, values in keeping.kept for tensor in values]
-    assert all(len(tensor.untyped_storage()) <= 2 * 3 * 8 for tensor in kept)  # no table of all classes
     said = keeping.gathered(Alone())  # type: ignore[arg-type]
     assert said.sample.tolist() == [2, 4] and said.label.tolist() == [3, 0]
     assert said.predicted.tolist() == [0, 0] and int(said.right.sum()) == int(sums["accuracy"])
