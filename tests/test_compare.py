@@ -22,7 +22,7 @@ from dist_train import cli, fit, load
 from dist_train.config import UserError
 from dist_train.tools.compare import files, groups
 from dist_train.tools.compare.groups import Comparison, compare
-from dist_train.tools.compare.runs import Run, find
+from dist_train.tools.compare.runs import Run, choose_metric, find
 from dist_train.tools.compare.show import show, smoothed
 from tests.browser import Browser
 from tests.worlds import SMALL, write_npz
@@ -132,6 +132,19 @@ def test_curves_go_over_steps_time_samples_and_epochs(runs: list[Run]) -> None:
     ]
     longer = Run("epochs", {"train.epochs": 3}, run.rows, {"total_steps": 18})
     assert longer.curve("eval/loss", "epoch")[0].tolist() == [4 / 6, 8 / 6, 2]
+
+
+def test_a_run_is_compared_once_by_whatever_way_it_is_named(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(world / "runs", target_is_directory=True)
+    assert len(find([str(world / "runs"), str(tmp_path / "link")])) == len(find([str(world / "runs")]))
+
+
+@pytest.mark.parametrize(("best", "more_is_better"), [(1.0, False), (3.0, True)])
+def test_what_is_better_is_what_the_runs_called_best(best: float, more_is_better: bool) -> None:
+    rows = [{"step": step, "eval/mae": value} for step, value in enumerate([2.0, 1.0, 3.0, 2.0])]
+    run = Run("a", {}, rows, {"best": {"eval/mae": best}})
+    assert choose_metric([run], "") == ("eval/mae", more_is_better)
+    assert choose_metric([run], "max eval/mae") == ("eval/mae", True)
 
 
 def test_smoothing_starts_at_the_first_value_and_forgets() -> None:

@@ -247,6 +247,7 @@ def test_runs_are_chosen_and_sorted_by_keys_and_metrics(
     assert asked[0]["asked"] == {"train.epochs": None}
     for words, told in (
         (["--sort", "eval/acuracy"], "no run here has 'eval/acuracy' (did you mean 'eval/accuracy'?)"),
+        (["--show", "optim.args"], "no run here has 'optim.args' (did you mean 'optim.lr'?)"),
         (["--where", "optim.lrr=1"], "no run here has 'optim.lrr' (did you mean 'optim.lr'?)"),
         (["--where", "optim.lr"], "--where 'optim.lr': write it as KEY=VALUE"),
         (["--where", "state<done"], "< compares numbers, and 'done' is none"),

@@ -60,6 +60,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by full keys; empty ones are left out."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
+
+
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     """All rows of metrics of a run, as they were written, also those that a later attempt took back."""
     yield from _rows(_lines(folder / "metrics.jsonl"))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dist_train.config import UserError, nearest
-from dist_train.record.history import last_rows, read_config, read_values
+from dist_train.record.history import flat, last_rows, read_config, read_values
 
 Run = dict[str, Any]  # what status.json holds, `run`, and under `asked` the values of the keys asked for
 OF_ROWS = ("epoch", "time", "lr")  # what rows hold besides names with a slash
@@ -118,26 +118,13 @@ def _is_metric(key: str) -> bool:
     return "/" in key or key in OF_ROWS
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by full keys such as `optim.lr`."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def _known(runs: Sequence[Run]) -> list[str]:
     """All keys and metrics that some run has."""
     known: dict[str, None] = {"best": None}
     for run in runs:
         folder = Path(run["run"])
         rows = [*last_rows(folder, {"train"}), run.get("metrics") or {}]
-        known |= dict.fromkeys(
-            key for key in (*_flat(read_config(folder)), *_flat(run)) if not _is_metric(key)
-        )
+        known |= dict.fromkeys(key for key in (*flat(read_config(folder)), *flat(run)) if not _is_metric(key))
         known |= dict.fromkeys(name for row in rows for name in row if _is_metric(name))
     return list(known)
 

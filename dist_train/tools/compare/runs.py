@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dist_train.config import UserError, nearest
-from dist_train.record.history import effective, read_config, read_metrics, read_status
+from dist_train.record.history import effective, flat, read_config, read_metrics, read_status
 
 AXES = ("step", "time", "samples", "epoch")
 WANDB = "wandb:"
@@ -75,11 +75,13 @@ class Run:
 
 
 def find(words: Sequence[str]) -> list[Run]:
-    """The runs that words name: folders, folders of such, globs, and wandb:ENTITY/PROJECT/ID.
+    """The runs that words name, each once: folders, folders of such, globs, and wandb:ENTITY/PROJECT/ID.
 
     Raises UserError for a word that names none, and for a run of W&B that can't be read.
     """
-    runs = {run.name: run for word in words for run in _named(word)}
+    runs: dict[Any, Run] = {}
+    for run in (run for word in words for run in _named(word)):
+        runs.setdefault(run.name if run.name.startswith(WANDB) else Path(run.name).resolve(), run)
     return list(runs.values())
 
 
@@ -141,20 +143,12 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return ours | {name: value for name, value in row.items() if value is not None}
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by full keys; empty ones are left out."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return values
-
-
 def choose_metric(runs: Sequence[Run], metric: str) -> tuple[str, bool]:
     """The metric to compare by, and whether more is better.
 
     Args:
-        metric: its name, with `max` or `min` before it where the name doesn't tell what is better; empty:
-            the one by which the runs choose their best checkpoint.
+        metric: its name, with `max` or `min` before it where neither the runs nor the name
+            tell what is better; empty: the one by which the runs choose their best checkpoint.
 
     Raises UserError, with the names that there are, for one that no run has.
     """
@@ -170,8 +164,16 @@ def choose_metric(runs: Sequence[Run], metric: str) -> tuple[str, bool]:
         raise UserError(
             f"no run has the metric '{name}'{nearest(name, known)}; there are {', '.join(known)}."
         )
-    small = any(word in name for word in ("loss", "error", "perplexity", "norm", "seconds", "wait"))
-    return name, direction == "max" if direction else not small
+    return name, direction == "max" if direction else _more_is_better(runs, name)
+
+
+def _more_is_better(runs: Sequence[Run], metric: str) -> bool:
+    """By which extreme the runs have called the best, else by the name of the metric."""
+    for run in runs:
+        best, values = (run.status.get("best") or {}).get(metric), run.curve(metric)[1]
+        if len(values) and best in (values.min(), values.max()) and values.min() < values.max():
+            return bool(best == values.max())
+    return not any(word in metric for word in ("loss", "error", "perplexity", "norm", "seconds", "wait"))
 
 
 def has(runs: Sequence[Run], metric: str) -> bool:
