@@ -256,6 +256,18 @@ def test_twenty_curves_of_5000_points_make_a_page_below_5_megabytes(tmp_path: Pa
     assert len(files.as_html(compare(made, "eval/accuracy", "time"))) < 5e6
 
 
+@pytest.mark.parametrize("width", ["40", "80", "160"])
+def test_curves_are_whole_on_a_terminal_of_any_width(
+    width: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", width)
+    rows = [{"step": step, "eval/loss": 1 / step} for step in range(1, 101)]
+    show(compare([Run(str(n), {"data.root": f"some/where/{n}"}, rows, {}) for n in (1, 2)]))
+    drawn = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "▁" in line]
+    assert [len(line) for line in drawn] == [24, 24]
+
+
 def test_curves_that_end_early_or_have_one_point_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"step": step, "eval/loss": 1 / step} for step in range(1, 101)]
     made = [Run(str(n), {"data.root": f"[b]{n}$"}, rows[:n], {}) for n in (100, 50, 1)]

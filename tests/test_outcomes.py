@@ -155,8 +155,13 @@ def test_what_is_saved_is_what_the_model_says_and_the_same_on_two_processes(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     outcome, _, names = evaluation.read(folder)
     assert outcome.loss.dtype == np.float32 and len(outcome) == len(names) == len(rows)
+    told = "not what `eval --save` writes; delete it, or write it anew"
+    for damaged in ({"ranked": outcome.ranked * 10**9}, {"ranked": -outcome.ranked - 1}, {"loss": [0.0]}):
+        np.savez(folder / "outcomes.npz", **{**vars(outcome), **damaged})
+        with pytest.raises(UserError, match=told):
+            evaluation.read(folder)
     (folder / "outcomes.npz").write_bytes(before["outcomes.npz"][:300])
-    with pytest.raises(UserError, match="not what `eval --save` writes; delete it, or write it anew"):
+    with pytest.raises(UserError, match=told):
         evaluation.read(folder)
 
 

@@ -30,7 +30,8 @@ def compare(
         float, typer.Option(help="Weight of what came before in a moving average, as 0.9.")
     ] = 0.0,
     out: Annotated[
-        list[Path] | None, typer.Option(help="Write a page (.html), a picture (.png) or a table (.csv).")
+        list[Path] | None,
+        typer.Option("--out", "--output", help="Write a page (.html), a picture (.png) or a table (.csv)."),
     ] = None,
 ) -> None:
     """Compare runs: what differs in their configurations, what came of it, and which is better."""
@@ -113,7 +114,10 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page, one HTML file; by default report.html in the run's folder.")
+        Path | None,
+        typer.Option(
+            "--out", "--output", help="The page, one HTML file; by default report.html in the run's folder."
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Measure and look at all images, however many there are.")

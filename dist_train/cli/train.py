@@ -117,7 +117,9 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Image files, or folders of them; or a prompt.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
-    output: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "--output", help="Write there instead of printing.")
+    ] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a segmentation: the folder for the masks.")] = None,
     length: Annotated[int, typer.Option(min=0, help="Of a text: bytes that go on with the prompt.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Of a text: 0 draws nothing, 1 freely.")] = 0.8,
@@ -153,7 +155,9 @@ def export(
     run: Annotated[str, typer.Argument(help="A run's folder or a checkpoint file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
     to: Annotated[str, typer.Option(help="safetensors, torch.export or onnx.")] = "onnx",
-    out: Annotated[Path | None, typer.Option(help="The new file; by default called as the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", help="The new file; by default called as the run.")
+    ] = None,
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Take uint8 images, and give probabilities.")
     ] = False,

@@ -29,6 +29,7 @@ from dist_train.tools.pictures import Cell, confusion, write_grid
 
 WORST = 32  # images in the sheet
 COLUMNS = 8
+MOST_SPARE = 100_000  # outputs of a model beyond its classes
 MOST_CLASSES = 1_000  # in a confusion matrix: there is a cell for each pair
 
 
@@ -124,12 +125,23 @@ def read(folder: Path) -> tuple[Outcomes, dict[str, Any], list[str]]:
         notes = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
             names = [row["image"] for row in csv.DictReader(file)]
-        known = len(notes["classes"])
-        if len(names) != len(outcomes) or not ((outcomes.label >= 0) & (outcomes.label < known)).all():
+        if not _fits(outcomes, len(names), len(notes["classes"])):
             raise ValueError
     except (OSError, ValueError, TypeError, LookupError, zipfile.BadZipFile):
         raise UserError(f"{folder}: not what `eval --save` writes; delete it, or write it anew.") from None
     return outcomes, notes, names
+
+
+def _fits(outcomes: Outcomes, samples: int, classes: int) -> bool:
+    """Whether stored arrays are of one length, and their classes below those that there may be."""
+    ranked, columns = outcomes.ranked, vars(outcomes).values()
+    return (
+        all(len(column) == samples for column in columns)
+        and ranked.ndim == 2
+        and ranked.shape == outcomes.probability.shape
+        and bool(((outcomes.label >= 0) & (outcomes.label < classes)).all())
+        and bool(((ranked >= 0) & (ranked < classes + MOST_SPARE)).all())
+    )
 
 
 def class_names(classes: Sequence[str], outcomes: Outcomes) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Iterator
@@ -25,11 +26,17 @@ def check(path: Path) -> None:
 
 
 def write(comparison: Comparison, path: Path) -> None:
-    """Writes a file, of the kind that its name tells. Raises UserError where that is impossible."""
-    data = WRITERS[path.suffix](comparison)
+    """Writes a file, of the kind that its name tells, whole or not at all.
+
+    Raises UserError where that is impossible.
+    """
+    data, temporary = WRITERS[path.suffix](comparison), path.with_name(f"{path.name}.tmp")
     try:
-        path.write_bytes(data)
+        temporary.write_bytes(data)
+        temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(f"--out: {path} can't be written: {error.strerror}.") from None
 
 

@@ -15,6 +15,8 @@ from dist_train.tools.compare.groups import Comparison, Group, Value, written
 from dist_train.tools.compare.runs import Run
 
 WIDTH = 24  # characters of a sparkline
+LEAST = 80  # of a terminal: a narrower one breaks the lines itself
+GAP = 3  # between columns
 LEFT = ("key", "group", "curve")  # columns of words
 
 
@@ -26,12 +28,18 @@ def show(comparison: Comparison) -> None:
 
     # Piped output is not cut to the width of a terminal that isn't there.
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False, emoji=False)
+    console.width = max(console.width, LEAST)
     head, rows = results(comparison)
-    with_lines = [[*row, line] for row, line in zip(rows, sparklines(comparison), strict=True)]
-    for title, names, cells in (
-        ("What differs", *differences(comparison)),
-        (f"What came of it: {comparison.metric}", [*head, "curve"], with_lines),
-    ):
+    lines = sparklines(comparison)
+    taken = sum(max(map(len, column)) + GAP for column in zip(head, *rows, strict=True))
+    came = f"What came of it: {comparison.metric}"
+    if taken + WIDTH + GAP <= console.width:
+        rows = [[*row, line] for row, line in zip(rows, lines, strict=True)]
+        tables = [(came, [*head, "curve"], rows)]
+    else:
+        curves = [[row[0], line] for row, line in zip(rows, lines, strict=True)]
+        tables = [(came, head, rows), ("Curves", ["group", "curve"], curves)]
+    for title, names, cells in (("What differs", *differences(comparison)), *tables):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
         for name in names:
             table.add_column(name, overflow="fold", justify="left" if name in LEFT else "right")
