@@ -16,8 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from dist_train.config import RunError
 from dist_train.record.history import read_lines, read_metrics
 from dist_train.record.sent import Sent, by_step
+from dist_train.tools.sync import send
 from tests.processes import Finished, environment
 from tests.wandb_server import Server
 
@@ -124,6 +126,25 @@ def test_three_attempts_made_offline_are_sent_as_one_history(
     assert written.rc == 0, written
     newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
     assert _without_clock(inspected(newest, "history")) == wanted  # as W&B's own program reads it
+
+
+def test_sync_tells_nothing_of_the_machine_that_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("train: {steps: 1}\nwandb: {code: true, console: true}\n")
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        raise OSError("unreachable")
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(RunError, match="unreachable; the same command goes on"):
+        send(tmp_path)
+    settings = asked["settings"]
+    assert settings.disable_git and settings.disable_code and not settings.x_save_requirements
+    assert settings.console == "off"
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,12 @@ def described(folder: Path, overrides: Sequence[str] = ()) -> Iterator[str]:
 
 
 def _config(folder: Path, overrides: Sequence[str]) -> Config:
-    """The configuration of a run. Raises UserError if it is not there."""
+    """The configuration of a run. Raises UserError if it is not there.
+
+    Code and printed lines would be those of this process, not of the run.
+    """
     file = folder / "config.yaml"
     if not file.exists():
         raise UserError(f"{folder}: there is no config.yaml, which tells the run's name and project.")
-    return load([file], overrides)
+    config = load([file], overrides)
+    return replace(config, wandb=replace(config.wandb, code=False, console=False))
