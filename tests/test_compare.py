@@ -271,13 +271,12 @@ def test_curves_are_whole_on_a_terminal_of_any_width(
 def test_curves_that_end_early_or_have_one_point_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"step": step, "eval/loss": 1 / step} for step in range(1, 101)]
     made = [Run(str(n), {"data.root": f"[b]{n}$"}, rows[:n], {}) for n in (100, 50, 1)]
+    made[1].status.update(state="lost", step=50)
     compared = compare([*made, Run("none", {"seed": 1}, [], {})])
     show(compared)
-    lines = {
-        line.split()[0]: line.rstrip()
-        for line in capsys.readouterr().out.splitlines()
-        if "▁" in line or "█" in line
-    }
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == "not complete, so their last values are not those of the end: 50 (lost at step 50)."
+    lines = {line.split()[0]: line.rstrip() for line in told if "▁" in line or "█" in line}
     assert len(lines["data.root=[b]100$"].split()[-1]) == 24
     assert len(lines["data.root=[b]50$"].split()[-1]) == 12
     assert lines["data.root=[b]1$"].endswith("█")

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from dist_train.cli import see
+from dist_train.config import UserError
 from dist_train.data.images import InMemory
 from dist_train.data.labels import Labels
 from dist_train.data.samples import Samples
@@ -101,7 +103,14 @@ def test_of_what_is_no_classification_the_record_is_told(here: Callable[..., Any
     for name in ("a.txt", "held.txt"):
         shutil.copy(REPO / "LICENSE", tmp_path / "texts" / name)
     here(*TEXT)
+    (tmp_path / "secret").write_text("of somebody else")
+    for name in ("log.txt", "report.html"):
+        Path("runs/run", name).unlink(missing_ok=True)
+        Path("runs/run", name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"report.html: is a link, which may lead anywhere"):
+        see.report(Path("runs/run"))
     made = written("runs/run")
+    assert "of somebody else" not in made
     assert "&#x27;Language&#x27; is no classification, so there are no predictions by class" in made
     assert "Its samples are no images" in made and "eval/perplexity" in made
 

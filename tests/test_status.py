@@ -20,7 +20,7 @@ import pytest
 from dist_train.cluster.slurm import states as slurm_states
 from dist_train.config import UserError
 from dist_train.record.history import Followed, last_rows, read_config, read_metrics, read_values
-from dist_train.tools import seen
+from dist_train.tools import recorded, seen
 from dist_train.tools.asked import Comparison
 from dist_train.tools.compare.runs import find
 from dist_train.tools.status import collect
@@ -140,15 +140,20 @@ OF_OTHER_KINDS = b"""{"state": 5, "step": "x", "best": [1], "metrics": {"eval/lo
 @pytest.mark.parametrize("status", [b"[]", b"{", b"[" * 100_000, b"\xff", OF_OTHER_KINDS])
 def test_what_no_run_has_written_is_left_out(tmp_path: Path, status: bytes) -> None:
     folder = write_run(tmp_path / "damaged")
+    attempt = {"attempt": 1, "step": 0, "config": "x", "machine": [1]}
     row = {"kind": "train", "step": 2, "attempt": 1, "time": 1.0, "train/loss": 3.0}
+    (folder / "config.yaml").write_text("train: {steps: 1}")
     (folder / "status.json").write_bytes(status)
     (folder / "metrics.jsonl").write_bytes(OTHER + b"\n" + json.dumps(row).encode() + b"\n")
-    (folder / "attempts.jsonl").write_bytes(b"[]\n" + json.dumps({"config": "x"}).encode())
+    (folder / "attempts.jsonl").write_bytes(b"[]\n" + json.dumps(attempt).encode())
     (run,) = collect([folder])
     assert (run["run"], run["state"], run.get("step")) == (str(folder), "unknown", None)
     assert (run.get("metrics") or {}) == ({"eval/error": 1} if status == OF_OTHER_KINDS else {})
     assert read_metrics(folder) == last_rows(folder, {"eval"}) == [row]
     assert read_values(folder, "train/loss") == [3.0] and read_config(folder) == {}
+    record = recorded.Recorded.read(folder)
+    assert record.attempts == [{"attempt": 1, "step": 0}] and record.rows == [row]
+    assert all(part(record) for part in (recorded.overview, recorded.curves, recorded.time, recorded.setting))
     assert find([str(folder)])[0].curve("train/loss", "time")[1].tolist() == [3.0]
     (shown,) = seen.statuses([folder])
     assert seen.look(shown, Followed(folder, seen.KEPT)).curves == {"train/loss": [(2, 3.0)]}

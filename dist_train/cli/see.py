@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dist_train.cli.app import Configs, Trust, app
-from dist_train.config import counted, is_override, load_words
+from dist_train.config import UserError, counted, is_override, load_words
 from dist_train.console import say
 from dist_train.importing import importing
 
@@ -128,4 +128,9 @@ def report(
     with importing():
         from dist_train.tools import report as reporting
 
-    reporting.report(run, out or run / "report.html", overrides or [], everything=everything, trust=trust)
+    page = out or run / "report.html"
+    if out is None and page.is_symlink():
+        raise UserError(
+            f"{page}: is a link, and would lead out of the run's folder; --out names another file."
+        )
+    reporting.report(run, page, overrides or [], everything=everything, trust=trust)

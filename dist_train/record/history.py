@@ -6,16 +6,19 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 Parse = Callable[[Iterable[bytes]], Iterator[dict[str, Any]]]
-STATUS: dict[str, type | tuple[type, ...]] = {  # what kinds of values status.json has
+Kind = type | tuple[type, ...]
+NUMBER = (int, float)
+ATTEMPT: dict[str, Kind] = {"config": dict, "machine": dict}  # what kinds of values an attempt has
+STATUS: dict[str, Kind] = {  # what kinds of values status.json has
     **dict.fromkeys(("state", "reason", "trouble", "host"), str),
     **dict.fromkeys(("step", "total_steps", "attempts", "processes"), int),
     **dict.fromkeys(("lost_steps", "skipped_steps", "bad_samples"), int),
-    **dict.fromkeys(("samples_per_second", "goodput"), (int, float)),
+    **dict.fromkeys(("samples_per_second", "goodput"), NUMBER),
     **dict.fromkeys(("metrics", "best", "seconds"), dict),
 }
 
@@ -33,22 +36,27 @@ def read_status(folder: Path) -> dict[str, Any]:
         return {}
     if not isinstance(found, dict):
         return {}
-    kept = {key: value for key, value in found.items() if _fits(value, STATUS.get(key))}
+    kept = _fitting(found, STATUS)
     groups = {
-        key: {name: each for name, each in kept[key].items() if _fits(each, (int, float))}
+        key: _fitting(kept[key], dict.fromkeys(kept[key], NUMBER))
         for key, kind in STATUS.items()
         if kind is dict and kept.get(key)
     }
     return kept | groups
 
 
-def _fits(value: Any, kind: type | tuple[type, ...] | None) -> bool:
-    return value is None or kind is None or isinstance(value, kind)
+def _fitting(values: dict[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """Those that are of the kind that is known of them, if one is; a number may be missing, as null."""
+    return {
+        key: value
+        for key, value in values.items()
+        if (kind := kinds.get(key)) is None or isinstance(value, kind) or (value is None and kind == NUMBER)
+    }
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
     """The attempts of a run: of each its number, the `step` it began after, `processes` and `config`."""
-    return list(_rows(_lines(folder / "attempts.jsonl")))
+    return [_fitting(attempt, ATTEMPT) for attempt in _rows(_lines(folder / "attempts.jsonl"))]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def setting(run: Recorded) -> Html:
         if run.status.get(name):
             ran_on.setdefault(name, run.status[name])
     parts.append(table(("", ""), [(name, str(value)) for name, value in ran_on.items()], "Environment"))
-    if (log := run.folder / "log.txt").is_file():
+    log = run.folder / "log.txt"
+    if log.is_file() and not log.is_symlink():  # a stranger's link could show any file on a page to be shared
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         left = f", the last {MOST_LOG} lines" if len(lines) > MOST_LOG else ""
         parts.append(folded(f"log.txt{left}", "\n".join(lines[-MOST_LOG:])))

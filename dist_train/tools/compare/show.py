@@ -17,6 +17,7 @@ from dist_train.tools.compare.runs import Run
 WIDTH = 24  # characters of a sparkline
 LEAST = 80  # of a terminal: a narrower one breaks the lines itself
 GAP = 3  # between columns
+ENDED = ("completed", "finished")  # finished is W&B's word
 LEFT = ("key", "group", "curve")  # columns of words
 
 
@@ -112,9 +113,22 @@ def _run(run: Run, group: str, value: Value) -> list[Any]:
 
 
 def missing(comparison: Comparison) -> list[str]:
-    """A sentence about runs that have no value of the metric."""
+    """Sentences about runs that have no value of the metric, and those that are not complete."""
     names, metric = comparison.without, comparison.metric
-    return [f"left out, without any {metric}: {', '.join(names)}."] if names else []
+    under_way = [
+        f"{run.name} ({run.status['state']} at step {run.status.get('step', 0)})"
+        for group in comparison.groups
+        for run in group.runs
+        if run.status.get("state") not in (None, *ENDED)
+    ]
+    return [
+        *([f"left out, without any {metric}: {', '.join(names)}."] if names else []),
+        *(
+            [f"not complete, so their last values are not those of the end: {', '.join(under_way)}."]
+            if under_way
+            else []
+        ),
+    ]
 
 
 def smoothed(y: np.ndarray, weight: float) -> np.ndarray:
