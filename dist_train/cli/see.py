@@ -130,7 +130,5 @@ def report(
 
     page = out or run / "report.html"
     if out is None and page.is_symlink():
-        raise UserError(
-            f"{page}: is a link, and would lead out of the run's folder; --out names another file."
-        )
+        raise UserError(f"{page}: is a link, which may lead anywhere; --out names another file.")
     reporting.report(run, page, overrides or [], everything=everything, trust=trust)
