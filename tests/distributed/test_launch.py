@@ -38,11 +38,11 @@ class Dies(Classification):
         return super().losses(model, batch)
 
 def evaluating(evaluate):
-    def function(self, batches, stop):
+    def function(self, batches, *arguments):
         def dying():
             yield from batches
             at(f"evaluating{self.step}")
-        return evaluate(self, dying(), stop)
+        return evaluate(self, dying(), *arguments)
     return function
 
 def dying(write, place):
