@@ -15,6 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.machinery import PathFinder
 from multiprocessing import forkserver
@@ -122,7 +123,9 @@ def _main(command: list[Any], cwd: str, env: dict[str, str], output: str, errors
         else:
             sys.argv = ["dist-train", *command]
             from dist_train.cli import main
+            from dist_train.cli import train as commands
 
+            commands.BEGAN = time.monotonic()  # this process did, not the server
             main()
     finally:
         atexit._run_exitfuncs()  # a forked process does not run them
