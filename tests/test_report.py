@@ -13,7 +13,7 @@ import torch
 
 from dist_train.cli import see
 from dist_train.config import UserError
-from dist_train.data.images import InMemory
+from dist_train.data.images import BadSample, InMemory
 from dist_train.data.labels import Labels
 from dist_train.data.samples import Samples
 from dist_train.data.transforms import ImageTransform
@@ -118,6 +118,16 @@ def test_of_what_is_no_classification_the_record_is_told(here: Callable[..., Any
 def in_memory(images: torch.Tensor) -> Samples:
     labels = torch.arange(len(images)) % 2
     return Samples(InMemory(images, labels, ["a", "b"]), ImageTransform(), Labels(2, True))
+
+
+def test_images_that_cant_be_read_are_like_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any) -> None:
+        raise BadSample("damaged")
+
+    monkeypatch.setattr(Samples, "pair", unreadable)
+    one, other = (inspect_data.look(in_memory(torch.zeros(5, 1, 4, 4, dtype=torch.uint8))) for _ in range(2))
+    assert one.unreadable == ["damaged"] * 5
+    assert inspect_data.twins(one) == [] and inspect_data.leaks(one, other) == []
 
 
 def test_equal_pixels_are_found_within_and_between_sets_and_no_others(

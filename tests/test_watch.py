@@ -110,10 +110,15 @@ def test_the_slowest_rank_is_named_with_what_it_is_slow_at(
 
     def told() -> bool:
         found.update(json.loads(file.read_text()) if file.exists() else {})
-        return found.get("steps", 0) > 3
+        return found.get("steps", 0) > 3 and found["slowest"]["rank"] == 1  # also where others take the CPUs
 
     wait_for(told, ranks[0])
+    for rank in ranks:
+        rank.send_signal(signal.SIGSTOP)  # the file is not renewed before it is shown
+    found.update(json.loads(file.read_text()))
     shown = cli("watch", "--once")
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
     named = found["slowest"]
     assert (named["rank"], named["host"]) == (1, HOST)
     assert named["seconds"] > found["seconds"]  # the faster one's, as there are two
@@ -148,6 +153,9 @@ def test_what_may_be_wrong_with_a_run_is_told(tmp_path: Path) -> None:
     assert troubles(run)[-1] == slow
     (run / "ranks.json").write_text(json.dumps({**told, "seconds": 0.035}))
     assert troubles(run)[-1] == "two"  # not so slow that the others wait for it
+    for damaged in ("[1]", '{"steps": 9, "slowest": {}}', "{"):
+        (run / "ranks.json").write_text(damaged)
+        assert troubles(run)[-1] == "two"
     preempted = {"state": "interrupted", "reason": "SIGTERM, as SLURM sends it", "step": 3, "total_steps": 9}
     assert troubles(write_run(tmp_path / "b", **preempted)) == ["interrupted: SIGTERM, as SLURM sends it"]
     failed = {**preempted, "state": "failed", "reason": "OSError: disk full"}

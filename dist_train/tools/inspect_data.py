@@ -16,6 +16,7 @@ from dist_train.data.samples import UNREADABLE, Samples
 
 MOST_BYTES = 1_000_000_000  # of pixels that are looked at in a set, unless all are asked for
 THREADS, CHUNK = 8, 64
+UNREAD = 0  # the digest of an image that can't be read: it is like no other
 
 
 @dataclass
@@ -62,7 +63,7 @@ def _all(samples: Samples) -> Iterator[tuple[object, tuple[int, ...], int, str]]
         try:
             image, label = samples.pair(index)
         except UNREADABLE as error:
-            return None, (), index, str(error)
+            return None, (), UNREAD, str(error)
         pixels = as_tensor(image).as_subclass(torch.Tensor).contiguous()
         content = hashlib.blake2b(pixels.view(torch.uint8).numpy().data, digest_size=8)
         content.update(str((pixels.dtype, pixels.shape)).encode())
@@ -78,7 +79,8 @@ def twins(found: Looked) -> list[list[int]]:
     """The groups of samples, by their numbers, that have the same pixels."""
     order = np.argsort(found.digests, kind="stable")
     cuts = np.flatnonzero(np.diff(found.digests[order])) + 1
-    return sorted(group.tolist() for group in np.split(order, cuts) if len(group) > 1)
+    groups = np.split(order, cuts)
+    return sorted(group.tolist() for group in groups if len(group) > 1 and found.digests[group[0]] != UNREAD)
 
 
 def leaks(train: Looked, evaluation: Looked) -> list[tuple[int, int]]:
@@ -86,6 +88,6 @@ def leaks(train: Looked, evaluation: Looked) -> list[tuple[int, int]]:
     order = np.argsort(train.digests, kind="stable")
     known = train.digests[order]
     place = np.searchsorted(known, evaluation.digests)
-    inside = place < len(known)
+    inside = (place < len(known)) & (evaluation.digests != UNREAD)
     inside[inside] = known[place[inside]] == evaluation.digests[inside]
     return [(int(order[place[n]]), int(n)) for n in np.flatnonzero(inside)]

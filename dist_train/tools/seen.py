@@ -87,9 +87,13 @@ def _ranks(run: dict[str, Any], folder: Path) -> tuple[str, bool]:
     file = folder / "ranks.json"
     if run["state"] != "running" or _changed(folder / "lock") - _changed(file) > STALLED_SECONDS:
         return "", False
-    told: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        told = json.loads(file.read_text(encoding="utf-8"))
+    # Where the file is damaged, nothing is told.
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        return _pace(json.loads(file.read_text(encoding="utf-8")))
+    return "", False
+
+
+def _pace(told: dict[str, Any]) -> tuple[str, bool]:
     if not told.get("steps"):
         return str(told.get("last", "")), False
     named, median = told["slowest"], told["seconds"]

@@ -112,8 +112,8 @@ def _unit(axis: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text in which no dollar begins a formula."""
-    return text.replace("$", r"\$")
+    """Text in which no dollar begins a formula; with a `_` at its front matplotlib would leave it out."""
+    return ("\u200a" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def as_csv(comparison: Comparison) -> bytes:
