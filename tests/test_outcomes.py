@@ -153,6 +153,7 @@ def test_what_is_saved_is_what_the_model_says_and_the_same_on_two_processes(
     assert f"eval/accuracy {done.metrics['eval/accuracy']:.6g}\n" in first.out
     assert first.out.endswith(f"written: {done.folder}\n") and "sans " in first.out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     outcome, _, names = evaluation.read(folder)
     assert outcome.loss.dtype == np.float32 and len(outcome) == len(names) == len(rows)
     told = "not what `eval --save` writes; delete it, or write it anew"

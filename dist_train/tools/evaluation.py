@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -177,36 +178,43 @@ def _identity(ready: Evaluation) -> dict[str, Any]:
 def _write(
     folder: Path, samples: Samples, outcomes: Outcomes, notes: dict[str, Any], slices: list[said.Slice]
 ) -> None:
-    """Writes the folder: under another name first, so that it is there whole or not at all."""
+    """Writes the folder: in one of its own first, so that it is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as own:
+        made = Path(own) / folder.name
+        made.mkdir()
+        _write_files(made, samples, outcomes, notes, slices)
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
+
+
+def _write_files(
+    folder: Path, samples: Samples, outcomes: Outcomes, notes: dict[str, Any], slices: list[said.Slice]
+) -> None:
     names = class_names(notes["classes"], outcomes)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _json(temporary / "evaluation.json", {**notes, "samples": len(outcomes)})
-    np.savez(temporary / "outcomes.npz", **vars(outcomes))
-    _csv(temporary / "predictions.csv", *_predictions(samples, outcomes, names))
+    _json(folder / "evaluation.json", {**notes, "samples": len(outcomes)})
+    np.savez(folder / "outcomes.npz", **vars(outcomes))
+    _csv(folder / "predictions.csv", *_predictions(samples, outcomes, names))
     names = names[: max(len(notes["classes"]), outcomes.predicted.max() + 1)]
     rows = said.by_class(outcomes.label, outcomes.predicted, len(names))
-    _csv(temporary / "classes.csv", ["class", *rows._fields], zip(names, *rows, strict=True))
+    _csv(folder / "classes.csv", ["class", *rows._fields], zip(names, *rows, strict=True))
     curve = said.reliability(outcomes.probability[:, 0], outcomes.right)
     tops = np.arange(1, len(curve.samples) + 1) / len(curve.samples)
     head = ["confidence_up_to", "samples", "mean_confidence", "accuracy"]
-    _csv(temporary / "calibration.csv", head, zip(tops, *curve[:3], strict=True))
+    _csv(folder / "calibration.csv", head, zip(tops, *curve[:3], strict=True))
     if slices:
-        _csv(temporary / "slices.csv", said.Slice._fields, slices)
+        _csv(folder / "slices.csv", said.Slice._fields, slices)
     if len(names) <= MOST_CLASSES:
         matrix = said.confusion(outcomes.label, outcomes.predicted, len(names))
         _csv(
-            temporary / "confusion.csv",
+            folder / "confusion.csv",
             ["class", *names],
             ([n, *r] for n, r in zip(names, matrix, strict=True)),
         )
-        (temporary / "confusion.png").write_bytes(confusion(matrix, names))
+        (folder / "confusion.png").write_bytes(confusion(matrix, names))
     if samples.transform is not None:
         cells = image_cells(samples, outcomes, said.worst(outcomes, WORST), names)
-        write_grid([cells[n : n + COLUMNS] for n in range(0, len(cells), COLUMNS)], temporary / "worst.png")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        write_grid([cells[n : n + COLUMNS] for n in range(0, len(cells), COLUMNS)], folder / "worst.png")
 
 
 def _predictions(
