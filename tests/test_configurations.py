@@ -73,7 +73,7 @@ def test_recipes_take_steps_on_two_processes(ranks: Callable[..., list[Finished]
     for recipe in here():
         small = re.sub(r"\b(size|img_size): \d+", r"\1: 32", text_of(recipe))
         (tmp_path / f"{Path(recipe).name}.yaml").write_text(small)
-    done = ranks(2, train_each, here())
+    done = ranks(2, train_each, here(), timeout=600)
     assert [rank.rc for rank in done] == [0, 0], done[0].err
     for recipe in here():
         name = Path(recipe).name

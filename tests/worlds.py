@@ -85,8 +85,11 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> Path:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """{path: (size, mtime in ns)} of all that lies in a folder, to see what changed."""
+    """{path: (size, mtime in ns)} of all that lies in a folder, to see what changed; but for what Python
+    compiles.
+    """
     return {
         str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
+        if "__pycache__" not in path.parts
     }
