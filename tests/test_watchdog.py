@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +19,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_train import fit
 from dist_train.cluster import slurm
-from dist_train.config import UserError, from_mapping, parse_seconds
+from dist_train.config import UserError, from_mapping, load, parse_seconds
 from dist_train.guard import watchdog
 from dist_train.guard.interrupt import Interrupt
 from dist_train.guard.lock import Lock
@@ -406,6 +409,27 @@ def test_a_rank_that_dies_is_restarted_with_the_rest_and_nothing_changes(
     assert process.returncode == 0, err
     assert (read_status(run)["state"], read_status(run)["attempts"]) == ("completed", 2)
     assert same_bits(last(tmp_path, "undisturbed"), last(tmp_path, "killed"))
+
+
+def test_the_store_by_which_ranks_met_ends_with_the_run(
+    ranks: Callable[..., list[Finished]], npz: Path
+) -> None:
+    """Else ranks that meet again at this port find what those of the last run left there."""
+    finished = ranks(2, train_and_look)
+    assert [rank.rc for rank in finished] == [0, 0], finished
+    assert finished[0].out.split() == ["refused"]
+
+
+def train_and_look() -> None:
+    """Trains with nobody who frees what refers to itself; then rank 0 asks for the store."""
+    gc.disable()
+    fit(load([], [*SMALL, "train.steps=2"]))
+    if os.environ["RANK"] == "0":
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 5).close()
+            print("answers")
+            return
+        print("refused")
 
 
 # --- deadlines ---------------------------------------------------------------------------------------

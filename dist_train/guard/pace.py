@@ -81,6 +81,7 @@ class Reader:
     """A thread of rank 0 that writes ranks.json.
 
     Args:
+        store: a connection of its own.
         last: says which rank came last, of the words of all.
     """
 
@@ -102,11 +103,10 @@ class Reader:
     def _run(self) -> None:
         before: dict[int, Word] = {}
         with contextlib.suppress(RuntimeError, OSError):  # the store, or the disk, is gone
-            store = self.store.clone()
             while not self.ended.wait(self.seconds):
-                if not store.check(self.keys):
+                if not self.store.check(self.keys):
                     continue
-                words = dict(enumerate(map(Word.parse, store.multi_get(self.keys))))
+                words = dict(enumerate(map(Word.parse, self.store.multi_get(self.keys))))
                 told = {**slowest(before, words), "last": self.last(words)}
                 temporary = self.file.with_name("ranks.json.tmp")
                 temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")

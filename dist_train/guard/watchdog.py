@@ -61,8 +61,15 @@ class Watchdog:
         self._renewed = self._published = 0.0
         self._ended = threading.Event()
         self._reader: Reader | None = None
-        if self._store and ranks.is_main:
-            self._reader = Reader(self._store, ranks.world_size, config.run_dir / "ranks.json", self._last_of)
+        if self._store and ranks.is_main and hasattr(self._store, "clone"):  # torch 2.7 and later
+            size, age = ranks.world_size, self._age
+            # It knows neither this object nor its store, which serves all ranks for as long as anyone has it.
+            self._reader = Reader(
+                self._store.clone(),
+                size,
+                config.run_dir / "ranks.json",
+                lambda words: last_of(words, size, age()),
+            )
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -178,15 +185,9 @@ class Watchdog:
             words = {
                 r: Word.parse(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])
             }
-        last = self._last_of(words)
+        last = last_of(words, self.ranks.world_size, self._age())
         self._store.set(f"last/{hang}", last)
         return last
-
-    def _last_of(self, words: Mapping[int, Word]) -> str:
-        """Which of the ranks came last, in words."""
-        places = {rank: (word.age, word.step, word.doing) for rank, word in words.items()}
-        silent_after = silent_seconds(self.ranks.world_size)
-        return last_rank(places, self.ranks.world_size, self._age(), silent_after)
 
 
 def publish_seconds(world_size: int) -> float:
@@ -245,6 +246,12 @@ def last_rank(
     if len(same) == world_size > 1:
         return f"all ranks are {doing} after step {step}"
     return f"rank {rank} came last: it is {doing} after step {step}"
+
+
+def last_of(words: Mapping[int, Word], world_size: int, age: float) -> str:
+    """Which of the ranks came last by their words, in words; `age` in seconds since ranks began."""
+    places = {rank: (word.age, word.step, word.doing) for rank, word in words.items()}
+    return last_rank(places, world_size, age, silent_seconds(world_size))
 
 
 def _store() -> dist.Store:
