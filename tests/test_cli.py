@@ -36,6 +36,7 @@ def test_what_needs_no_torch_does_not_import_it(words: list[str], run: Callable[
     assert result.out.splitlines()[-1] == "heavy: []", result
 
 
+@pytest.mark.long
 def test_imports_wait_until_they_are_needed(run: Callable[..., Finished]) -> None:
     """Half a second for torchvision, one for W&B: a start is as quick as what it doesn't import."""
     program = (

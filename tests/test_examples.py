@@ -21,6 +21,7 @@ def last_metrics(run: Path) -> dict[str, Any]:
     return read_metrics(run)[-1]
 
 
+@pytest.mark.long
 def test_own_model_data_and_loss_need_less_than_20_lines_and_are_recorded(
     tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:

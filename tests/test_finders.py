@@ -28,6 +28,7 @@ from tests.worlds import SMALL, pictures
 SHORT = [word for word in SMALL if not word.startswith("data.root")]
 
 
+@pytest.mark.long
 def test_rates_that_rise_give_a_curve_a_suggestion_and_no_run(
     cli: Callable[..., Finished], ranks: Callable[..., list[Finished]], small: list[str], tmp_path: Path
 ) -> None:

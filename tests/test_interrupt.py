@@ -31,6 +31,7 @@ atexit.register(os.kill, os.getpid(), signal.SIGTERM)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dist_train.cli", "omegaconf", "torch", "dist_train.trainer", "mine"])
 def test_a_signal_before_training_ends_it_as_interrupted(
     name: str, run: Callable[..., Finished], small: list[str], tmp_path: Path

@@ -334,6 +334,7 @@ def test_a_mistake_in_the_configuration_is_one_sentence_and_nothing_is_touched(
     assert listing(template) == before
 
 
+@pytest.mark.long
 @cases(*LATE)
 def test_a_mistake_in_what_is_built_is_one_sentence_and_nothing_is_touched(
     mistake: Mistake, late: dict[str, Outcome]

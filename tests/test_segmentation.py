@@ -222,6 +222,7 @@ def metrics_of(run: str) -> None:
     print(json.dumps(evaluate_run(run, ["device=cpu", "eval.batch_size=4"])))
 
 
+@pytest.mark.long
 def test_it_learns_and_is_evaluated_exactly_by_any_number_of_processes(
     folder: Path,
     here: Callable[..., Any],
@@ -307,6 +308,7 @@ def test_ignored_pixels_change_nothing(folder: Path, here: Callable[..., Any], t
     assert read_metrics(tmp_path / "runs/one")[-1]["eval/miou"] == before["eval/miou"]
 
 
+@pytest.mark.long
 def test_samples_show_each_mask_under_its_image(folder: Path, cli: Callable[..., Finished]) -> None:
     drawn = cli("samples", *RECIPE, "train.epochs=1", "--count", 4)
     assert drawn.rc == 0, drawn

@@ -57,6 +57,7 @@ def test_a_job_is_the_same_on_one_two_and_four_processes_and_killed_between_them
     assert "identical bit for bit" in result.out
 
 
+@pytest.mark.long
 def test_processes_whose_bits_must_differ_are_refused(cli: Callable[..., Finished], npz: Path) -> None:
     result = cli("verify", *WORDS, "train.batch_size=18", "--processes=1,2,3")
     assert result.rc == 2 and "2 processes can't hold whole subtrees of 6 parts" in result.err, result

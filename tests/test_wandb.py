@@ -217,6 +217,7 @@ def test_what_is_asked_for_is_shown_and_uploaded(
     assert [entry["local_path"] for entry in artifacts["model"]] == [str(best)]
 
 
+@pytest.mark.long
 def test_a_run_that_fails_raises_an_alert(
     cli: Callable[..., Finished], small: list[str], tmp_path: Path
 ) -> None:
