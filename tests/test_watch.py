@@ -10,14 +10,17 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from rich.console import Console
 
+from dist_train.guard import pace
 from dist_train.record.history import Followed, effective, read_metrics, read_status
 from dist_train.record.terminal import sparkline
 from dist_train.tools.seen import KEPT, look, statuses
@@ -251,3 +254,18 @@ def test_a_sparkline_goes_from_the_lowest_to_the_highest_by_its_x() -> None:
     assert sparkline([(0, 4.0), (90, 1.0), (100, 1.0)], 10, "ab") == "bbbbbbbbba"
     assert sparkline([(5, 1.0)], 3) == "▁▁▁" and sparkline([], 3) == ""
     assert sparkline([(0, 0.0), (1, 2.0), (2, 0.0), (3, 2.0)], 2, "abc") == "aa"  # means are shown
+
+
+def test_a_disk_that_fails_for_a_while_ends_no_look_at_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "READ_SECONDS", 0.02)
+    store, looks = dist.HashStore(), threading.Semaphore(0)
+    store.set("at/0", pace.Pace().word())
+    (tmp_path / "ranks.json.tmp").mkdir()  # nothing can be written there
+    reader = pace.Reader(store, 1, tmp_path / "ranks.json", lambda words: looks.release() or "rank 0")
+    assert all(looks.acquire(timeout=20) for _ in range(2)), "it goes on"
+    (tmp_path / "ranks.json.tmp").rmdir()
+    assert all(looks.acquire(timeout=20) for _ in range(3))
+    reader.stop()
+    assert json.loads((tmp_path / "ranks.json").read_text())["last"] == "rank 0"

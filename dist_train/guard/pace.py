@@ -102,15 +102,16 @@ class Reader:
 
     def _run(self) -> None:
         before: dict[int, Word] = {}
-        with contextlib.suppress(RuntimeError, OSError):  # the store, or the disk, is gone
+        with contextlib.suppress(RuntimeError):  # the store is gone
             while not self.ended.wait(self.seconds):
                 if not self.store.check(self.keys):
                     continue
                 words = dict(enumerate(map(Word.parse, self.store.multi_get(self.keys))))
                 told = {**slowest(before, words), "last": self.last(words)}
                 temporary = self.file.with_name("ranks.json.tmp")
-                temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")
-                os.replace(temporary, self.file)
+                with contextlib.suppress(OSError):  # a full disk may have room at the next look
+                    temporary.write_text(json.dumps(told) + "\n", encoding="utf-8")
+                    os.replace(temporary, self.file)
                 before = words
 
 
