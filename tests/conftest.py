@@ -167,9 +167,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
 @pytest.fixture
 def wait_for() -> Callable[..., None]:
-    """wait_for(condition, process, seconds=60): until condition(); fails if the process ends."""
+    """wait_for(condition, process, seconds=180): until condition(); fails if the process ends."""
 
-    def wait(condition: Callable[[], Any], process: Process, seconds: float = 60) -> None:
+    def wait(condition: Callable[[], Any], process: Process, seconds: float = 180) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if process.poll() is not None:
