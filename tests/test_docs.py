@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
 from dist_train.config import Config, load
 from dist_train.config.schema import all_keys
@@ -176,14 +177,18 @@ def make_tree(parent: Path, server: str) -> Path:
     masks = top / "examples/write_masks.py"
     text = masks.read_text()
     assert text.count('("train", 600), ("val", 150)') == 1
-    masks.write_text(text.replace('("train", 600), ("val", 150)', '("train", 336), ("val", 32)'))
+    masks.write_text(text.replace('("train", 600), ("val", 150)', '("train", 96), ("val", 32)'))
     for recipe in (top / "configs").rglob("*.yaml"):
-        recipe.write_text(re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text()))
+        short = re.sub(r"\bepochs: \d+", "epochs: 1", recipe.read_text())
+        short = re.sub(r"\bwarmup: \d+", "warmup: 2", short)
+        recipe.write_text(short.replace("  name: image_masks", "  name: image_masks\n  workers: 0"))
     programs = top / ".venv/bin"
     programs.mkdir(parents=True)
     (programs / "python").write_text(PYTHON.format(programs=programs, python=shlex.quote(sys.executable)))
     (programs / "dist-train").write_text(DIST_TRAIN.format(python=sys.executable, server=server))
-    for name in ("python", "dist-train"):
+    script = Path(torch.__file__).parent / "distributed/run.py"
+    (programs / "torchrun").write_text(TORCHRUN.format(programs=programs, script=script))
+    for name in ("python", "dist-train", "torchrun"):
         (programs / name).chmod(0o755)
     (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
     for stamp in ("installed", "installed-dev"):  # younger than pyproject.toml: make has nothing to install
@@ -191,10 +196,14 @@ def make_tree(parent: Path, server: str) -> Path:
     return top
 
 
-# Scripts are forked, too.
+# Scripts are forked, too, and the ranks that torchrun starts.
 PYTHON = """#!/bin/sh
 case "$1" in *.py) exec {programs}/dist-train "$@" ;; esac
+case "$*" in "-u -m dist_train "*) shift 3 && exec {programs}/dist-train "$@" ;; esac
 exec {python} "$@"
+"""
+TORCHRUN = """#!/bin/sh
+PYTHON_EXEC={programs}/python exec {programs}/dist-train {script} "$@"
 """
 
 # The program, forked from a process that has imported torch, which takes seconds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from dist_train.record.account import Account
 from dist_train.record.history import read_lines, read_metrics, read_status
 from dist_train.record.record import Lines
-from tests.processes import Finished, environment
+from tests.processes import REPO, Finished, environment
 
 TRAIN = ["train", "data.name=arrays", "train.batch_size=8", "train.steps=12", "log.every=3", "eval.every=6",
          "device=cpu", "model.args.hidden=[8]", "wandb.tables=never"]  # fmt: skip
@@ -173,6 +174,35 @@ def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
         if file.is_file():
             data = file.read_bytes()
             assert not any(secret.encode() in data for secret in secrets.values() if secret), file
+
+
+SLOW_STARTS = """
+import subprocess, threading, time
+
+at, name = (subprocess, "_fork_exec") if hasattr(subprocess, "_fork_exec") else (
+    subprocess._posixsubprocess, "fork_exec")
+fork_exec = getattr(at, name)
+
+def slow(*arguments):
+    if threading.current_thread().name == "wandb":
+        time.sleep(0.5)  # there is a pipe already, which is closed when the program has begun
+    return fork_exec(*arguments)
+
+setattr(at, name, slow)
+"""
+
+
+def test_a_worker_process_does_not_keep_wandb_waiting_for_a_program_that_it_started(
+    npz: Path, tmp_path: Path, run: Callable[..., Finished]
+) -> None:
+    """A copy of the pipe, in a worker forked just then, would be open until the end of the run."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_STARTS)
+    (tmp_path / "mine.py").write_text("def same(image): return image\n")
+    words = ["data.train_transform=[mine:same]", "data.workers=1", "wandb.mode=offline", "wandb.code=true"]
+    paths = os.pathsep.join([str(tmp_path), str(REPO)])
+    done = run("-m", "dist_train", *TRAIN, f"data.root={npz}", *words, env={"PYTHONPATH": paths})
+    assert done.rc == 0, done
+    assert "did not finish" not in done.out + done.err, done
 
 
 def test_without_a_key_it_is_offline_and_says_so_once(

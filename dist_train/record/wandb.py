@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import queue
@@ -21,6 +22,26 @@ FINISH_SECONDS = 30  # how long the end of a run waits for W&B
 UPLOAD_SECONDS = 600  # the same, where a complete run's checkpoint is to be uploaded
 
 Send = Callable[[Sent], None]
+
+
+def _start_programs_between_forks() -> None:
+    """No process is forked while a thread starts a program, as W&B's does: git, uname, its service.
+
+    `subprocess` reads from a pipe whether the program has begun. A worker process of a DataLoader that was
+    forked just then has a copy of that pipe, so the thread would wait until the worker ends: with the run.
+    """
+    lock, begin = threading.RLock(), subprocess.Popen.__init__
+
+    @functools.wraps(begin)
+    def alone(self: subprocess.Popen[Any], *arguments: Any, **options: Any) -> None:
+        with lock:
+            begin(self, *arguments, **options)
+
+    subprocess.Popen.__init__ = alone  # type: ignore[method-assign]
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+_start_programs_between_forks()
 
 
 class Mirror:
