@@ -186,17 +186,17 @@ def make_tree(parent: Path, server: str) -> Path:
     programs.mkdir(parents=True)
     (programs / "python").write_text(PYTHON.format(programs=programs, python=shlex.quote(sys.executable)))
     (programs / "dist-train").write_text(DIST_TRAIN.format(python=sys.executable, server=server))
-    script = Path(torch.__file__).parent / "distributed/run.py"
-    (programs / "torchrun").write_text(TORCHRUN.format(programs=programs, script=script))
-    for name in ("python", "dist-train", "torchrun"):
-        (programs / name).chmod(0o755)
+    torchrun = Path(torch.__file__).parent / "distributed/run.py"
+    (programs / "torchrun").write_text(TORCHRUN.format(programs=programs, script=torchrun))
+    for program in programs.iterdir():
+        program.chmod(0o755)
     (programs / "activate").write_text(f"export PATH={shlex.quote(str(programs))}:$PATH\n")
     for stamp in ("installed", "installed-dev"):  # younger than pyproject.toml: make has nothing to install
         (top / ".venv" / stamp).touch()
     return top
 
 
-# Scripts are forked, too, and the ranks that torchrun starts.
+# Scripts are forked, too, and torchrun with its ranks.
 PYTHON = """#!/bin/sh
 case "$1" in *.py) exec {programs}/dist-train "$@" ;; esac
 case "$*" in "-u -m dist_train "*) shift 3 && exec {programs}/dist-train "$@" ;; esac
