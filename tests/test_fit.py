@@ -239,6 +239,7 @@ def test_without_a_terminal_there_are_plain_lines(cli: Callable[..., Finished], 
     assert "goodput" in again.err.splitlines()[-1] and "in 2 attempts" in again.err  # now it has a meaning
 
 
+@pytest.mark.long
 def test_on_a_terminal_there_is_a_bar_that_counts_to_the_end(npz: Path, tmp_path: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(

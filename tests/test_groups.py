@@ -232,9 +232,11 @@ def packages(missing: Callable[[str], Any]) -> Iterator[None]:
 @pytest.mark.parametrize(
     "name",
     [
-        "Muon",
         "timm/lamb",
-        *(pytest.param(n, marks=pytest.mark.long) for n in ("timm/lion", "pytorch_optimizer:AdaBelief")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("Muon", "timm/lion", "pytorch_optimizer:AdaBelief")
+        ),
     ],
 )
 def test_an_optimizer_that_is_not_of_torch_trains_and_goes_on_exactly(

@@ -27,6 +27,7 @@ WORDS = [*SMALL, "data.name=image_folder", "data.root=images", "log.every=1", "m
          "train.batch_size=8"]  # fmt: skip
 
 
+@pytest.mark.long
 def test_steps_of_two_ranks_are_rebuilt_by_one_process(
     ranks: Callable[..., list[Finished]],
     cli: Callable[..., Finished],

@@ -46,6 +46,7 @@ def written(run: str | Path, **options: Any) -> str:
     return Path("report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_leaks_twins_and_a_class_without_samples_are_told_also_where_the_data_are_gone(
     leaky: Path, here: Callable[..., Any], capsys: pytest.CaptureFixture[str], browser: Browser
 ) -> None:

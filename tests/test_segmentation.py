@@ -315,7 +315,13 @@ def test_samples_show_each_mask_under_its_image(folder: Path, cli: Callable[...,
     assert np.asarray(Image.open(folder.parent / "samples.png").convert("HSV"))[..., 1].max() > 100  # colors
 
 
-@pytest.mark.parametrize("name", models.segmentation_models())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name.startswith("lraspp") else pytest.mark.long)
+        for name in models.segmentation_models()
+    ],
+)
 def test_each_segmentation_model_of_torchvision_goes_by_its_name(name: str) -> None:
     with torch.device("meta"):
         model = models.build(name, {}, (1, 64, 64), 5).eval()

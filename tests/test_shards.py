@@ -255,6 +255,7 @@ def test_a_shard_that_was_changed_is_told_by_its_name(shards: Path) -> None:
     assert source.path(int(source.firsts[2])) == f"{shards}/train-00002.tar"
 
 
+@pytest.mark.long
 def test_a_lost_shard_is_skipped_as_a_whole_alike_on_any_number_of_processes(
     ranks: Callable[..., list[Finished]], here: Callable[..., Any], shards: Path, tmp_path: Path
 ) -> None:

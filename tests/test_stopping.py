@@ -87,6 +87,7 @@ def test_a_metric_that_is_not_there_is_told_before_the_first_step(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_run_that_is_stopped_by_its_rule_is_complete_says_why_and_goes_on_with_another_rule(
     here: Callable[..., Any],
     cli: Callable[..., Finished],

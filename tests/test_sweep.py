@@ -237,6 +237,7 @@ def test_two_questions_at_once_are_refused(
     assert "nowhere.yaml: the sweep file can't be read" in missing.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("file", sorted((REPO / "configs/sweeps").glob("*.yaml")), ids=lambda file: file.name)
 def test_an_agent_of_wandb_trains_what_our_tasks_train(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb's own code reads the file and makes the agent's command of it."""

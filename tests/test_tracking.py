@@ -135,6 +135,7 @@ def test_a_run_whose_folder_is_deleted_under_way_stops_at_once(
     assert not list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.long
 def test_wandb_offline_gets_every_row_the_configuration_and_no_secret(
     npz: Path, tmp_path: Path, cli: Callable[..., Finished]
 ) -> None:
@@ -192,6 +193,7 @@ setattr(at, name, slow)
 """
 
 
+@pytest.mark.long
 def test_a_worker_process_does_not_keep_wandb_waiting_for_a_program_that_it_started(
     npz: Path, tmp_path: Path, run: Callable[..., Finished]
 ) -> None:

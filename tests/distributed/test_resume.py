@@ -133,6 +133,7 @@ def test_a_run_goes_on_on_another_number_of_processes_with_the_same_bits(tmp_pat
     assert same_bits(last(tmp_path, "straight"), last(tmp_path, "moved"))
 
 
+@pytest.mark.long
 def test_processes_that_cannot_share_the_parts_of_a_run_are_refused_with_those_that_can(
     tmp_path: Path,
 ) -> None:
