@@ -24,7 +24,7 @@ from dist_train.guard import pace
 from dist_train.record.history import Followed, effective, read_metrics, read_status
 from dist_train.record.terminal import sparkline
 from dist_train.tools.seen import KEPT, look, statuses
-from dist_train.tools.watch import View
+from dist_train.tools.watch import COLUMNS, View
 from tests.processes import REPO, Finished, environment
 from tests.test_status import HOST, RUNNING, write_run
 
@@ -185,6 +185,24 @@ def test_several_runs_are_a_table_with_those_that_need_somebody_first(
     console.print(View([tmp_path / "runs"], console).picture(height=None))
     plain.seek(0)
     assert "###......." in plain.read()
+
+
+@pytest.mark.parametrize("width", [110, 130, 200])
+def test_a_long_trouble_is_cut_and_takes_no_column_away(tmp_path: Path, width: int) -> None:
+    write_run(tmp_path / "a", state="interrupted", step=12_300, total_steps=18_760, reason="SIGINT")
+    write_run(
+        tmp_path / "b", state="failed", step=3, total_steps=18_760, reason="its loss is not finite " * 9
+    )
+    shown = io.StringIO()
+    console = Console(file=shown, width=width)
+    console.print(View([tmp_path / "a", tmp_path / "b"], console).picture(height=None))
+    headings, _, *lines = [line for line in shown.getvalue().splitlines() if line.strip()]
+    assert len(headings.split()) == len(COLUMNS)
+    assert all(len(line.rstrip()) <= width for line in lines)
+    found = " ".join(lines)
+    assert "failed: " in found and "3/18,760" in found
+    assert "interrupted " in found or width == 110
+    assert "12,300/18,760" in found or width < 200
 
 
 @pytest.mark.parametrize("end", ["q", "SIGINT"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -25,9 +26,11 @@ from dist_train.tools.seen import KEPT, Seen, look, statuses
 
 PIPE_WIDTH = 160  # characters of a line where no terminal tells how many it has
 STYLES = {"running": "green", "completed": "blue", "interrupted": "yellow", "lost": "red", "failed": "red"}
-# Characters that a column has in any case; the others share what a terminal has more.
+# Characters that a column has in any case; what a terminal has more goes to them in the order of MORE.
 COLUMNS = {"run": 8, "state": 9, "progress": 10, "step": 9, "left": 6, "samples/s": 9, "curve": 12,
            "last": 14, "best": 6, "trouble": 12}  # fmt: skip
+MORE = ("state", "step", "left", "samples/s", "best", "last", "run", "trouble")
+BETWEEN = 3  # characters between two columns, of which there are as many around the table
 NAME = 48  # characters of a run's name in a table, its last ones
 PLAIN = "_.-=+*%#"  # the blocks of a terminal that knows ASCII only
 
@@ -97,29 +100,48 @@ class View:
 
     def _table(self, seen: Sequence[Seen]) -> Table:
         """A line for each run."""
+        lines = [self._line(each) for each in seen]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for name, least in COLUMNS.items():
+        for name, width in self._widths(lines).items():
             right = name in ("step", "left", "samples/s", "best")
-            table.add_column(name, justify="right" if right else "left", no_wrap=True, min_width=least)
-        for each in seen:
-            run = each.status
-            last, best = run.get("metrics") or {}, run.get("best") or {}
-            name = next(iter(best or last), "train/loss")
-            curve = each.curves.get(name, [])
-            shown = printable(run["run"])
-            table.add_row(
-                shown if len(shown) <= NAME else f"…{shown[1 - NAME :]}",
-                _state(run["state"]),
-                self._progress(each, COLUMNS["progress"]),
-                _step(each),
-                clock(each.left) if each.left is not None else "-",
-                _number(run.get("samples_per_second"), ",.0f", "-"),
-                sparkline(curve, COLUMNS["curve"], self.blocks),
-                f"{printable(name.removeprefix('eval/'))} {curve[-1][1]:.4g}" if curve else "-",
-                _number(best.get(name), ".4g", "-"),
-                printable("; ".join(each.troubles)),
+            table.add_column(
+                name, justify="right" if right else "left", no_wrap=True, width=width, overflow="ellipsis"
             )
+        for line in lines:
+            table.add_row(*line)
         return table
+
+    def _widths(self, lines: Sequence[Sequence[str | Text]]) -> dict[str, int]:
+        """How many characters each column has: what it needs, as far as the terminal has them."""
+        widths = dict(COLUMNS)
+        spare = self.console.width - sum(widths.values()) - BETWEEN * len(widths)
+        for name in MORE:
+            at = list(COLUMNS).index(name)
+            needed = max(cell_len(str(line[at])) for line in lines)
+            more = max(0, min(needed - widths[name], spare))
+            widths[name] += more
+            spare -= more
+        return widths
+
+    def _line(self, seen: Seen) -> list[str | Text]:
+        """The cells of a run."""
+        run = seen.status
+        last, best = run.get("metrics") or {}, run.get("best") or {}
+        name = next(iter(best or last), "train/loss")
+        curve = seen.curves.get(name, [])
+        shown = printable(run["run"])
+        return [
+            shown if len(shown) <= NAME else f"…{shown[1 - NAME :]}",
+            _state(run["state"]),
+            self._progress(seen, COLUMNS["progress"]),
+            _step(seen),
+            clock(seen.left) if seen.left is not None else "-",
+            _number(run.get("samples_per_second"), ",.0f", "-"),
+            sparkline(curve, COLUMNS["curve"], self.blocks),
+            f"{printable(name.removeprefix('eval/'))} {curve[-1][1]:.4g}" if curve else "-",
+            _number(best.get(name), ".4g", "-"),
+            printable("; ".join(seen.troubles)),
+        ]
 
     def _progress(self, seen: Seen, width: int) -> Text:
         done = round(seen.share * width)
