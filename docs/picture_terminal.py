@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 picture, *command = sys.argv[1:]
-terminal = os.environ | {"FORCE_COLOR": "1", "COLUMNS": "130"}
+terminal = os.environ | {"FORCE_COLOR": "1", "COLUMNS": "150"}
 done = subprocess.run(command, env=terminal, stdout=subprocess.PIPE, text=True, check=True)
 text = Text.from_ansi(f"$ {' '.join(command)}\n{done.stdout.rstrip()}")
 width = max(len(line.rstrip()) for line in text.plain.splitlines())
