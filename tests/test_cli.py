@@ -114,7 +114,18 @@ def test_mistakes_of_other_commands_are_one_sentence_too(npz: Path, tmp_path: Pa
         (["predict", "arrays.npz", "a.png"], "arrays.npz"),
         (["predict", "runs/x", "a.png", "--format", "jsn"], "'json'?"),
         (["eval", "runs/nowhere"], "runs/nowhere: there is no such run"),
-        (["samples", *SMALL, "--output", "nowhere/a.png"], "--output: nowhere/a.png"),
+        *(
+            ([*words, "--out", "nowhere/a"], "--out: nowhere/a: there is no folder nowhere.")
+            for words in (
+                ["samples", *SMALL],
+                ["explain", *SMALL],
+                ["find-lr", *SMALL],
+                ["predict", "run", "a.png"],
+                ["replay", "run", "1"],
+                ["report", "run"],
+                ["export", "run"],
+            )
+        ),
         (["summary", *SMALL, "model.name=mlpp"], "'mlp'?"),
     ]
     results = one_after_the_other([(tmp_path, words) for words, _ in mistakes])

@@ -43,7 +43,7 @@ def write_output(path: Path, data: bytes) -> None:
         else:
             write_atomically(path.resolve(), lambda file: file.write(data))  # a link stays one
     except OSError as error:
-        raise UserError(f"--output: {path} can't be written: {error.strerror}.") from None
+        raise UserError(f"--out: {path} can't be written: {error.strerror}.") from None
 
 
 def point(link: Path, name: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from dist_train import __version__
+from dist_train.config import UserError
 
 BEGAN = time.monotonic()  # the imports to come count as seconds of the run
 
@@ -31,6 +33,17 @@ Configs = Annotated[
     list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE...]", show_default=False,
                               help="YAML files and overrides, merged from left to right.")
 ]  # fmt: skip
+
+
+def new_file(told: str) -> Any:
+    """The option for a new file, whose folder has to be there: that is seen before the work, not after it."""
+    return typer.Option("--out", "--output", help=told, callback=_in_a_folder)
+
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    if path and not path.parent.is_dir():
+        raise UserError(f"--out: {path}: there is no folder {path.parent}.")
+    return path
 
 
 @app.callback(invoke_without_command=True)

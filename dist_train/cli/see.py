@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dist_train.cli.app import Configs, Trust, app
+from dist_train.cli.app import Configs, Trust, app, new_file
 from dist_train.config import UserError, counted, is_override, load_words
 from dist_train.console import say
 from dist_train.importing import importing
@@ -54,9 +54,7 @@ def explain(
     depth: Annotated[
         int, typer.Option(min=1, help="Modules inside of so many others are shown, larger ones as a whole.")
     ] = 1,
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", help="Draw the network to this PNG file.")
-    ] = None,
+    out: Annotated[Path | None, new_file("Draw the network to this PNG file.")] = None,
 ) -> None:
     """Explain autograd on one batch: what modules give, the loss, each gradient. Leaves no run."""
     config = load_words(arguments, say)
@@ -115,9 +113,7 @@ def report(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "--output", help="The page, one HTML file; by default report.html in the run's folder."
-        ),
+        new_file("The page, one HTML file; by default report.html in the run's folder."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Measure and look at all images, however many there are.")

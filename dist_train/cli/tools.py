@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dist_train.cli.app import Configs, Trust, app
+from dist_train.cli.app import Configs, Trust, app, new_file
 from dist_train.config import RunError, UserError, load_words
 from dist_train.console import say
 from dist_train.importing import importing
@@ -35,7 +35,7 @@ def summary(arguments: Configs) -> None:
 @app.command()
 def samples(
     arguments: Configs,
-    output: Annotated[Path, typer.Option("--out", "--output", help="The PNG file.")] = Path("samples.png"),
+    output: Annotated[Path, new_file("The PNG file.")] = Path("samples.png"),
     count: Annotated[int, typer.Option(min=1, max=200, help="How many images.")] = 16,
 ) -> None:
     """Draw training images with their class names, as they are read and as the model sees them."""
@@ -69,7 +69,7 @@ def profile(
 @app.command("find-lr")
 def find_lr(
     arguments: Configs,
-    output: Annotated[Path, typer.Option("--out", "--output", help="The PNG file.")] = Path("find-lr.png"),
+    output: Annotated[Path, new_file("The PNG file.")] = Path("find-lr.png"),
     steps: Annotated[int, typer.Option(min=20, help="Steps, if the loss does not blow up before.")] = 100,
     lowest: Annotated[float, typer.Option(help="The rate of the first step.")] = 1e-6,
     highest: Annotated[float, typer.Option(help="The rate of the last step.")] = 10.0,
@@ -130,9 +130,7 @@ def shard(
 def replay(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     step: Annotated[int, typer.Argument(help="The optimizer step, as in metrics.jsonl.")],
-    output: Annotated[
-        Path | None, typer.Option("--out", "--output", help="Draw the images to this PNG file.")
-    ] = None,
+    output: Annotated[Path | None, new_file("Draw the images to this PNG file.")] = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Show what modules of this name, or pattern, give; repeatable."),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_train.cli.app import BEGAN, AllowChanges, Configs, Trust, app
+from dist_train.cli.app import BEGAN, AllowChanges, Configs, Trust, app, new_file
 from dist_train.config import UserError, load_words, printable
 from dist_train.console import flush, is_main, say
 from dist_train.importing import importing
@@ -117,9 +117,7 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(help="Image files, or folders of them; or a prompt.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show for each image.")] = 3,
     format: Annotated[str, typer.Option(help="table, csv or json.")] = "table",
-    output: Annotated[
-        Path | None, typer.Option("--out", "--output", help="Write there instead of printing.")
-    ] = None,
+    output: Annotated[Path | None, new_file("Write there instead of printing.")] = None,
     masks: Annotated[Path | None, typer.Option(help="Of a segmentation: the folder for the masks.")] = None,
     length: Annotated[int, typer.Option(min=0, help="Of a text: bytes that go on with the prompt.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Of a text: 0 draws nothing, 1 freely.")] = 0.8,
@@ -155,9 +153,7 @@ def export(
     run: Annotated[str, typer.Argument(help="A run's folder or a checkpoint file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE...]")] = None,
     to: Annotated[str, typer.Option(help="safetensors, torch.export or onnx.")] = "onnx",
-    out: Annotated[
-        Path | None, typer.Option("--out", "--output", help="The new file; by default called as the run.")
-    ] = None,
+    out: Annotated[Path | None, new_file("The new file; by default called as the run.")] = None,
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Take uint8 images, and give probabilities.")
     ] = False,
