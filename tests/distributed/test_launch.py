@@ -127,7 +127,9 @@ def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
     assert finished.rc == 0, finished
     assert set((tmp_path / "told.txt").read_text().split()) == places, finished
     assert finished.err.count("was killed by SIGKILL") == len(places), finished
-    assert finished.err.count("all ranks start anew") == 1, finished  # the first time, before they had met
+    anew = finished.err.count("all ranks start anew")
+    # The first time, before they had met; and where rank 0 dies in writing step 20 as rank 1 dies in step 23.
+    assert anew == 1 or (anew == 2 and every != "never"), finished
     assert finished.err.count("another process takes its place") == len(places) - 1, finished
     assert_equal(tmp_path)
     if every == "never":  # of a few steps each the copies in memory are all that there is
