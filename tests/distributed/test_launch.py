@@ -128,9 +128,10 @@ def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
     assert set((tmp_path / "told.txt").read_text().split()) == places, finished
     assert finished.err.count("was killed by SIGKILL") == len(places), finished
     anew = finished.err.count("all ranks start anew")
-    # The first time, before they had met; and where rank 0 dies in writing step 20 as rank 1 dies in step 23.
-    assert anew == 1 or (anew == 2 and every != "never"), finished
-    assert finished.err.count("another process takes its place") == len(places) - 1, finished
+    replaced = finished.err.count("another process takes its place")
+    # All anew the first time, before they had met; and where both die at once, saving step 20 and in step 23.
+    both = (anew, replaced) in [(2, len(places) - 2), (2, len(places) - 3)] and every != "never"
+    assert (anew, replaced) == (1, len(places) - 1) or both, finished
     assert_equal(tmp_path)
     if every == "never":  # of a few steps each the copies in memory are all that there is
         assert finished.err.count("going on from the copy of the state in memory") == len(places) - 1
