@@ -13,6 +13,7 @@ from typing import Any
 Parse = Callable[[Iterable[bytes]], Iterator[dict[str, Any]]]
 Kind = type | tuple[type, ...]
 NUMBER = (int, float)
+MOST_ATTEMPTS = 100  # of which the first rows are looked for one by one
 ATTEMPT: dict[str, Kind] = {"config": dict, "machine": dict}  # what kinds of values an attempt has
 STATUS: dict[str, Kind] = {  # what kinds of values status.json has
     **dict.fromkeys(("state", "reason", "trouble", "host"), str),
@@ -166,19 +167,28 @@ def read_values(folder: Path, name: str) -> list[float]:
         read = (folder / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return []
-    newest = [row["attempt"] for row in _rows([read.rstrip().rpartition(b"\n")[2]])]
-    # Where none was taken back, other rows need not be parsed.
-    lines = _with(json.dumps(name).encode(), read) if newest == [1] else read.split(b"\n")
+    newest = next((row["attempt"] for row in _rows([read.rstrip().rpartition(b"\n")[2]])), 0)
+    begins = [read.find(b'"attempt": %d,' % later) for later in range(2, min(newest, MOST_ATTEMPTS) + 1)]
+    if not 1 <= newest <= MOST_ATTEMPTS or -1 in begins:
+        lines: Iterable[bytes] = read.split(b"\n")
+    else:  # what a later attempt took back is seen from its first row, so others need not be parsed
+        word = json.dumps(name).encode()
+        places = {*(_line(read, at) for at in begins), *(_line(read, at) for at in _all(word, read))}
+        lines = (read[begin:end] for begin, end in sorted(places))
     return [row[name] for row in effective(_rows(lines)) if row.get(name) is not None]
 
 
-def _with(word: bytes, read: bytes) -> Iterator[bytes]:
-    """The lines that hold a word."""
+def _all(word: bytes, read: bytes) -> Iterator[int]:
+    """Where a word is."""
     at = read.find(word)
     while at >= 0:
-        end = read.find(b"\n", at) + 1 or len(read)
-        yield read[read.rfind(b"\n", 0, at) + 1 : end]
-        at = read.find(word, end)
+        yield at
+        at = read.find(word, at + len(word))
+
+
+def _line(read: bytes, at: int) -> tuple[int, int]:
+    """Begin and end of the line around a place."""
+    return read.rfind(b"\n", 0, at) + 1, read.find(b"\n", at) + 1 or len(read)
 
 
 def last_rows(folder: Path, kinds: Collection[str]) -> list[dict[str, Any]]:
