@@ -36,14 +36,15 @@ Configs = Annotated[
 
 
 def new_file(told: str) -> Any:
-    """The option for a new file, whose folder has to be there: that is seen before the work, not after it."""
+    """The option for new files, whose folders have to be there: seen before the work, not after it."""
     return typer.Option("--out", "--output", help=told, callback=_in_a_folder)
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
-    if path and not path.parent.is_dir():
-        raise UserError(f"--out: {path}: there is no folder {path.parent}.")
-    return path
+def _in_a_folder(given: Path | list[Path] | None) -> Path | list[Path] | None:
+    for path in given if isinstance(given, list) else [given]:
+        if path and not path.parent.is_dir():
+            raise UserError(f"--out: {path}: there is no folder {path.parent}.")
+    return given
 
 
 @app.callback(invoke_without_command=True)

@@ -31,7 +31,7 @@ def compare(
     ] = 0.0,
     out: Annotated[
         list[Path] | None,
-        typer.Option("--out", "--output", help="Write a page (.html), a picture (.png) or a table (.csv)."),
+        new_file("Write a page (.html), a picture (.png) or a table (.csv)."),
     ] = None,
 ) -> None:
     """Compare runs: what differs in their configurations, what came of it, and which is better."""

@@ -18,11 +18,9 @@ FURTHER = ("eval/loss", "train/loss")  # curves of a page besides those of the m
 
 
 def check(path: Path) -> None:
-    """Raises UserError for a file that can't be written, before anything is read."""
+    """Raises UserError for a kind of file that is not written, before anything is read."""
     if path.suffix not in WRITERS:
         raise UserError(f"--out: {path}: a file that ends in {', '.join(WRITERS)}.")
-    if not path.parent.is_dir():
-        raise UserError(f"--out: {path}: there is no folder {path.parent}.")
 
 
 def write(comparison: Comparison, path: Path) -> None:
