@@ -233,6 +233,15 @@ def test_a_server_that_cannot_be_reached_does_not_stop_the_training(
     assert rows[-1]["step"] == 12 and rows[-1]["time"] < 30
 
 
+def test_the_environment_can_leave_wandb_out(cli: Cli, npz: Path, tmp_path: Path) -> None:
+    """WANDB_MODE=disabled counts where the configuration leaves the mode open; nothing of W&B is there."""
+    off = {"WANDB_MODE": "disabled"}
+    assert cli(*TRAIN, f"data.root={npz}", "wandb.mode=auto", env=off).rc == 0
+    assert not (tmp_path / "runs/run/wandb").exists()
+    assert cli(*TRAIN, f"data.root={npz}", "wandb.mode=offline", "run.name=asked", env=off).rc == 0
+    assert list((tmp_path / "runs/asked/wandb").glob("offline-run-*"))
+
+
 def _inspect(file: Path) -> str:
     """The records of a .wandb file as JSON, read by W&B's own tool."""
     wandb = Path(sys.executable).parent / "wandb"

@@ -25,7 +25,7 @@ from dist_train.record import media
 from dist_train.record.account import Account
 from dist_train.record.history import read_lines, read_status
 from dist_train.record.terminal import Progress
-from dist_train.record.wandb import Mirror
+from dist_train.record.wandb import Mirror, asked
 
 UNDISTURBED = 6 * 3600.0  # seconds that count as the mean time between interruptions until the first one
 LONG_SECONDS = 60.0  # a goodput is told of no shorter run, unless it took more than one attempt
@@ -151,12 +151,12 @@ class Record:
         self.status("running", step)
 
     def mirror(self, config: Config, earlier: Mirror | None = None) -> None:
-        """Gives Weights & Biases every row to come, unless the configuration says otherwise.
+        """Gives Weights & Biases every row to come, unless the configuration or WANDB_MODE says otherwise.
 
         Args:
             earlier: the mirror of an attempt of this process that ended as `running`; it goes on.
         """
-        if self.is_on and config.wandb.mode != "disabled":
+        if self.is_on and asked(config) != "disabled":
             self.mirrored = earlier or Mirror(config, (self.attempt, self.step), self.say)
 
     def flush(self) -> None:

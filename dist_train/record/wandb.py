@@ -59,10 +59,10 @@ class Mirror:
         self.config, self.folder = config, config.run_dir
         self.attempt, self.step = attempt
         self.to_sync = f"`dist-train sync {shlex.quote(str(self.folder))}`"
-        mode = config.wandb.mode
+        mode = asked(config)
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
-            if mode == "offline" and "WANDB_MODE" not in os.environ:
+            mode = "online" if has_key(wandb) else "offline"
+            if mode == "offline":
                 say(f"W&B: no API key, logging offline; {self.to_sync} uploads it.")
         self._options = options(wandb, config, self.folder, mode)
         if config.wandb.code:
@@ -147,6 +147,12 @@ class Mirror:
         for row in read_metrics(self.folder):
             if row["step"] <= self.step and row["attempt"] < self.attempt:
                 sent.row(row, more=True)
+
+
+def asked(config: Config) -> str:
+    """The mode that the configuration asks for; where it is `auto`, that of W&B's own variable."""
+    mode = config.wandb.mode
+    return (os.environ.get("WANDB_MODE") or mode) if mode == "auto" else mode
 
 
 def begin(run: Any, after: int) -> Sent:
