@@ -192,7 +192,7 @@ class Samples(Dataset[Any]):
         Args:
             drawn: the numbers of this sample, where it is keyed and they are at hand.
         """
-        if not self.is_keyed:
+        if not (self.is_keyed or self.in_threads):
             seed_sample(self.seed, epoch, index, everything=not self.is_plain)
         image, label = self.pair(index)
         label = self.target(label, index)
@@ -281,7 +281,7 @@ class Samples(Dataset[Any]):
     def in_threads(self) -> bool:
         """Whether threads may make batches at once: nothing draws from a generator that they share."""
         by_us = self.labels.transform is None or isinstance(self.labels.transform, OneHot)
-        return self.source.in_threads and self.is_keyed and by_us
+        return self.source.in_threads and (self.transform is None or self.is_keyed) and by_us
 
     @property
     def is_batched(self) -> bool:

@@ -33,6 +33,7 @@ class Text(Dataset):
     """
 
     is_images = False
+    in_threads = True  # worker processes would take from ranks a CPU that they need
 
     def __init__(self, paths: Iterable[Path], context: int) -> None:
         files = list(paths)
