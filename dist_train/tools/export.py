@@ -82,15 +82,15 @@ def export(
     objects = {"model": given.model, "task": given.task, "data": given.eval_data}
     config = evaluated(path, saved, [*overrides, "device=cpu"], objects, trust)
     model = trained(path, saved, config, given.model, trust)
-    normalize = Normalization(tuple(config.data.mean), tuple(config.data.std))
-    geometry = resized(config.data.eval_transform) if resize else None
     inputs, are_images = _samples(config, saved, given, resize)
-    if geometry:
-        normalized = [normalize(geometry(one * 255).div(255)) for one in inputs]
-    else:
-        normalized = [normalize(some) if are_images else some for some in inputs]
     if preprocess:
         _check_bytes(inputs, are_images)
+    normalize = Normalization(tuple(config.data.mean), tuple(config.data.std))
+    geometry = resized(config.data.eval_transform) if resize else None
+    normalized = inputs
+    if are_images:
+        normalized = [normalize(geometry(one * 255).div(255) if geometry else one) for one in inputs]
+    if preprocess:
         served: nn.Module = Probabilities(model, normalize.mean, normalize.std, geometry)
     else:
         served, inputs = Scores(model), normalized
@@ -98,8 +98,7 @@ def export(
     notes = _notes(saved, kind, preprocess, example)
     if resize:
         notes |= {"input": f"uint8 [B, {example.shape[1]}, H, W]", "resizing": "inside"}
-    part = target.with_name(f"part-{os.getpid()}-{target.name}")
-    try:
+    with _new(target) as part:
         with _refused(kind):
             WRITERS[kind](model if kind == "safetensors" else served, example, part, notes)
         again = trained(part, contents(part)[1], config, given.model, trust=True)
@@ -109,6 +108,18 @@ def export(
                 f"{target} is not written: on samples of the eval set its outputs are off by"
                 f" {difference:.2g}, more than the {MOST:g} of rounding; give another --to."
             )
+    return Exported(target, notes["input"], notes["output"], difference, sum(map(len, inputs)))
+
+
+@contextmanager
+def _new(target: Path) -> Iterator[Path]:
+    """A file to write to, which gets its name at the end; nothing is left of it where that fails.
+
+    Raises UserError if there is a file of this name by then, or none can be written.
+    """
+    part = target.with_name(f"part-{os.getpid()}-{target.name}")
+    try:
+        yield part
         _name(part, target)
         sync_folder(target.absolute().parent)
     except FileExistsError:
@@ -117,7 +128,6 @@ def export(
         raise UserError(f"--out: {target} can't be written: {error.strerror}.") from None
     finally:
         part.unlink(missing_ok=True)
-    return Exported(target, notes["input"], notes["output"], difference, sum(map(len, inputs)))
 
 
 def _target(place: str | Path, kind: str, out: Path | None) -> Path:
