@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name == "fit":
-        from dist_train.train import fit
+        from dist_train.importing import importing
 
+        with importing(for_good=False):
+            from dist_train.train import fit
         return fit
     if name in __all__:
         from dist_train import config
