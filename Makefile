@@ -5,13 +5,16 @@ CONFIG ?= configs/quickstart.yaml
 JOBS ?= 3
 BIN := .venv/bin
 
-# All checks, whatever fails; arguments for pytest.
-checked = failed=0; \
+# All checks, whatever fails; arguments for pytest. What mypy finds, beside the first tests, is shown after them.
+checked = failed=0; types=$$(mktemp); \
 	check() { echo "$$*"; "$$@" || { failed=1; echo "make $@: FAILED: $$*" >&2; }; }; \
+	$(BIN)/mypy >$$types 2>&1 & mypy=$$!; \
 	check $(BIN)/ruff format --check .; \
 	check $(BIN)/ruff check .; \
-	check $(BIN)/mypy; \
 	check $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder $(1) $(ARGS); \
+	echo $(BIN)/mypy; \
+	wait $$mypy || { failed=1; echo "make $@: FAILED: $(BIN)/mypy" >&2; }; \
+	cat $$types; rm $$types; \
 	exit $$failed
 
 .PHONY: help train test test-all test-nightly test-gpu lint format docs bench clean
