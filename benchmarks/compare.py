@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
+from overhead import environment  # noqa: E402
 from status import make_runs  # noqa: E402
 
 FURTHER = {
@@ -37,9 +38,8 @@ FURTHER = {
 def seconds(words: list[str], folder: Path) -> tuple[float, float]:
     """How long a command takes from its start to its end: by the clock, and of the CPU."""
     command = [sys.executable, "-m", "dist_train", *words]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
     begin, before = time.perf_counter(), os.times()
-    subprocess.run(command, cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=folder, env=environment(), check=True, stdout=subprocess.DEVNULL)
     took, after = time.perf_counter() - begin, os.times()
     return took, after.children_user + after.children_system - before.children_user - before.children_system
 

@@ -155,6 +155,18 @@ def as_rank(side: str, result: str) -> None:
         Path(result).write_text(str(seconds))
 
 
+def environment(**own: object) -> dict[str, str]:
+    """This environment with `own`, one thread a process, and this package.
+
+    Python keeps what it compiles, whatever is set here: packages in site-packages were compiled when they
+    were installed; ours, which may lie in a clone, would be compiled anew at each start.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+    changes = {"OMP_NUM_THREADS": 1, "PYTHONPATH": path, **own}
+    return kept | {name: str(value) for name, value in changes.items()}
+
+
 def processor() -> str:
     """The name of the CPU."""
     with contextlib.suppress(OSError):

@@ -28,7 +28,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "benchmarks/peers"
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from overhead import environment, processor  # noqa: E402
+
 PACKAGES = {  # what is imported, and what is installed
     "bare": ("torch", "torch"),
     "ours": ("dist_train", "dist-train"),
@@ -53,17 +56,18 @@ def measure(side: str, job: str, processes: int, folder: Path) -> dict[str, floa
     result.unlink(missing_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(PEERS / f"with_{side}.py")]
-    own = {
-        "JOB": job, "FOLDER": folder, "RESULT": result, "BEGIN": time.time(), "OMP_NUM_THREADS": 1,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    # Accelerate's variable is what `accelerate launch --cpu` sets: else two processes train each by itself.
+    own: dict[str, object] = {
+        "JOB": job,
+        "RESULT": result,
         "WANDB_MODE": "disabled",
-    }  # fmt: skip
+        "ACCELERATE_USE_CPU": "true",
+    }
     with tempfile.TemporaryDirectory(dir=folder) as here:
-        own["FOLDER"] = Path(here)
+        own |= {"FOLDER": here, "BEGIN": time.time()}
         for name in ("photos", "text.txt"):
             (Path(here) / name).symlink_to(folder / name)
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(**own), cwd=here, capture_output=True, text=True)
     if not result.exists():
         print(f"{side}, {job}, {processes}: {(done.stderr or done.stdout)[-1500:]}", file=sys.stderr)
         return None
@@ -119,8 +123,6 @@ def row(side: str, rounds: list[dict[str, dict[str, float]]]) -> str:
 
 def main() -> None:
     """Measures, and prints a table for each job and number of processes."""
-    from overhead import processor
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))

@@ -36,7 +36,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from overhead import processor  # noqa: E402
+from overhead import environment, processor  # noqa: E402
 
 PATIENCE = 120.0
 LAUNCHERS = {
@@ -87,9 +87,8 @@ def running(launcher: str, folder: Path) -> Any:
     words = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(ROOT / "configs/quickstart.yaml")]
     words += ["model.name=job:model", "device=cpu", "wandb.mode=disabled", "threads=1", "run.name=restart"]
     words += ["train.epochs=1000", "checkpoint.every=20", "log.every=1", "eval.every=never"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "output.txt").open("wb") as output:
-        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(words, cwd=folder, env=environment(), stdout=output, stderr=output)
     try:
         until(lambda: newest_row(folder)["step"] > 50, "50 steps")
         yield process.pid

@@ -40,7 +40,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from overhead import processor  # noqa: E402
+from overhead import environment, processor  # noqa: E402
 
 from dist_train.data.fashion_mnist import ASSETS, DEBIAN  # noqa: E402
 
@@ -153,11 +153,10 @@ def measure(job: str, side: str, folder: Path) -> tuple[float, float]:
         unpack(folder)
     if job == "two processes":
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (folder / "output.txt").open("wb") as output:
         begin = time.perf_counter()
         process = psutil.Popen(
-            [sys.executable, *words], cwd=folder, env=environment, stdout=output, stderr=output
+            [sys.executable, *words], cwd=folder, env=environment(), stdout=output, stderr=output
         )
         try:
             while not (first.exists() and first.stat().st_size):

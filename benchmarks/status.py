@@ -24,7 +24,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from overhead import environment  # noqa: E402
 
 from dist_train.config import load, to_mapping, to_yaml  # noqa: E402
 
@@ -104,7 +106,7 @@ def seconds(runs: Path, arguments: list[str]) -> float:
     """How long a command takes from its start to its end."""
     words = [sys.executable, "-m", "dist_train", "status", str(runs), *arguments]
     begin = time.perf_counter()
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(words, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - begin
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_accuracy.py                            # all sides, three seeds: hours
     python benchmarks/time_to_accuracy.py --sides ours --seeds 101   # one run of configs/fashion_mnist.yaml
+    python benchmarks/time_to_accuracy.py --sides ours --also precision=bf16   # if the CPU has AVX512_BF16
     python benchmarks/time_to_accuracy.py --shares                   # ours without each of its ingredients,
                                                                      # on 10,000 held-out training images
     python benchmarks/time_to_accuracy.py --shares --sides longer    # so of configs/fashion_mnist_94.yaml
@@ -9,6 +10,7 @@
     ours        configs/fashion_mnist.yaml, which was tuned on 50,000 of the training images against the other
                 10,000; the test images were read at the end only, by seeds that were not used before.
     longer      configs/fashion_mnist_94.yaml, tuned so, too
+    wide        configs/fashion_mnist_wide.yaml
     former      the recipe that configs/fashion_mnist.yaml was before
     tensorflow  "2 Conv+pooling" of the list in the data set's README, as in its
                 benchmark/convnet.py, which names 91.6 %; but by Adam (1e-3, batches of 64), not plain SGD
@@ -56,7 +58,11 @@ train: {batch_size: 256, epochs: 10}
 """
 SGD = ["optim.name=SGD", "optim.lr=0.1", "optim.args={momentum: 0.9, nesterov: true, weight_decay: 5e-4}"]
 CROP = "{RandomCrop: {size: 28, padding: 1}}"
-RECIPES = {"ours": "fashion_mnist.yaml", "longer": "fashion_mnist_94.yaml"}
+RECIPES = {
+    "ours": "fashion_mnist.yaml",
+    "longer": "fashion_mnist_94.yaml",
+    "wide": "fashion_mnist_wide.yaml",
+}
 WITHOUT = {
     "ours": {
         "without the mirror image at the end": ["model.args.mirror=false"],
@@ -247,16 +253,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[101, 102, 103])
     parser.add_argument("--epochs", type=int, default=15, help="of the bare loops")
     parser.add_argument("--shares", action="store_true", help="ours, or longer, without each ingredient")
+    parser.add_argument("--also", nargs="+", default=[], help="further keys of recipes: precision=bf16")
     parser.add_argument("--loop", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.loop:
         return loop(arguments.loop, arguments.seeds[0], arguments.epochs, arguments.started)
-    jobs = {side: (side, list[str]()) for side in arguments.sides}
+    jobs = {side: (side, list(arguments.also)) for side in arguments.sides}
     if arguments.shares:
         side = "longer" if arguments.sides == ["longer"] else "ours"
         ways = {side: list[str]()} | WITHOUT[side]
-        jobs = {name: (side, ["data.eval_fraction=0.16667", *changes]) for name, changes in ways.items()}
+        held = ["data.eval_fraction=0.16667", *arguments.also]
+        jobs = {name: (side, [*held, *changes]) for name, changes in ways.items()}
     runs: dict[str, list[Run]] = {name: [] for name in jobs}
     for seed in arguments.seeds:
         for name, (side, changes) in jobs.items():
@@ -264,6 +272,7 @@ def main() -> None:
             seconds, found = runs[name][-1].curve[-1]
             print(f"seed {seed}: {name}: {100 * found:.2f} % after {seconds:.0f} s", flush=True)
     machine = f"{processor()}, {os.cpu_count()} CPUs, load average {os.getloadavg()[1]:.1f}"
+    machine = ", ".join([machine, *arguments.also])
     print(f"\n{machine}, torch {torch.__version__}\n")
     print("\n".join(report(runs)))
     if not arguments.shares:

@@ -19,14 +19,17 @@ from tests.distributed.ranks import last, same_bits
 from tests.processes import REPO, Finished
 from tests.worlds import SMALL, pictures
 
-# --- the recipe for 94 % ---------------------------------------------------------------------------
+# --- the recipes for 94 % and more -----------------------------------------------------------------
 
 
-def test_the_longer_recipe_takes_steps_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["fashion_mnist_94", "fashion_mnist_wide"])
+def test_the_longer_recipes_take_steps_and_learn(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (x_train, y_train), (x_test, y_test) = pictures(96, 28), pictures(12, 28, seed=1)
     np.savez("arrays.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    result = fit(load([REPO / "configs/fashion_mnist_94.yaml"], [*SMALL, "train.epochs=null"]))
+    result = fit(load([REPO / f"configs/{name}.yaml"], [*SMALL, "train.epochs=null"]))
     assert result.metrics["eval/accuracy"] == 1
 
 

@@ -233,7 +233,7 @@ def test_a_server_that_cannot_be_reached_does_not_stop_the_training(
     assert rows[-1]["step"] == 12 and rows[-1]["time"] < 30
 
 
-def test_the_environment_can_leave_wandb_out(cli: Cli, npz: Path, tmp_path: Path) -> None:
+def test_the_environment_can_leave_wandb_out(cli: Callable[..., Finished], npz: Path, tmp_path: Path) -> None:
     """WANDB_MODE=disabled counts where the configuration leaves the mode open; nothing of W&B is there."""
     off = {"WANDB_MODE": "disabled"}
     assert cli(*TRAIN, f"data.root={npz}", "wandb.mode=auto", env=off).rc == 0
