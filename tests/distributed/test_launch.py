@@ -19,6 +19,7 @@ DIES = """
 import atexit, os, pathlib, signal, sys, time
 from dist_train.checkpoint import memory, saver
 from dist_train import learner, trainer
+from dist_train.cluster import board
 from dist_train.tasks import Classification
 
 memory.SHARE = memory.SHORTEST_SECONDS = 0
@@ -35,6 +36,9 @@ def at(place):
             while SAVED not in told():  # else both might die at once
                 time.sleep(0.01)
             return  # the step can't be done without the other rank, and is begun again
+        until = time.monotonic() + 60
+        while place == LATER and not board.current.are_ready([0]) and time.monotonic() < until:
+            time.sleep(0.01)  # it may be the first step after the other's death, who may not have begun
         with open("told.txt", "a") as file:
             died = place in told()
             file.write("" if died else f"{place} ")
