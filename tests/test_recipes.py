@@ -29,7 +29,8 @@ def test_the_longer_recipes_take_steps_and_learn(
     monkeypatch.chdir(tmp_path)
     (x_train, y_train), (x_test, y_test) = pictures(96, 28), pictures(12, 28, seed=1)
     np.savez("arrays.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    result = fit(load([REPO / f"configs/{name}.yaml"], [*SMALL, "train.epochs=null"]))
+    small = [*SMALL, "train.epochs=null", "model.args.widths=[8, 16, 16]"]
+    result = fit(load([REPO / f"configs/{name}.yaml"], small))
     assert result.metrics["eval/accuracy"] == 1
 
 

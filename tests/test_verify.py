@@ -31,10 +31,11 @@ def keyed(image):
 WORDS = [*SMALL, "model.args.dropout=0.3", "--steps=12", "--kills=2"]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_job_whose_random_numbers_are_keyed_passes_on_several_processes(
     cli: Callable[..., Finished], npz: Path, tmp_path: Path
 ) -> None:
+    """In short: the next one, with random numbers of dropout alone."""
     (tmp_path / "mine.py").write_text(OWN)
     words = [*WORDS, "data.train_transform=[mine:keyed]", "train.ema=0.9"]
     result = cli("verify", *words, "--processes=2", timeout=240)

@@ -313,7 +313,7 @@ def saved_because(run: Path, reason: str) -> bool:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.nightly)])
 def test_ranks_whose_launcher_is_gone_save_and_end(
     launcher: str,
     start: Callable[..., subprocess.Popen[str]],
@@ -365,7 +365,7 @@ def test_ranks_whose_launcher_is_gone_while_they_start_end_at_once(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.nightly)])
 def test_launchers_pass_sigusr1_on_with_the_variables_of_signals_sh(
     launcher: str,
     start: Callable[..., subprocess.Popen[str]],
