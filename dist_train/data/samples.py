@@ -2,7 +2,8 @@
 
 Where samples are in memory and their transforms are quick for whole batches, they are fetched and
 transformed all at once, and batches are slices of the result. All else is done sample by sample: in threads,
-by numbers that are drawn for each, where reading and transforms are ours; otherwise with the sample's seed.
+by numbers that are drawn for each, where reading and transforms are ours, or nothing is drawn; otherwise with
+the sample's seed.
 """
 
 from __future__ import annotations
