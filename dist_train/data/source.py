@@ -23,7 +23,7 @@ class Source(Protocol):
     classes: Sequence[str]  # the names of the classes, by their numbers
     note: str  # what the user should know about where the data came from
     is_images: bool  # whether inputs are images, to be transformed and normalized; True where it is missing
-    # Whether threads may read samples at once: these draw no random numbers, and images are tensors [C, H, W].
+    # Whether threads may read samples at once: nothing is drawn at random, and images are tensors [C, H, W].
     in_threads: bool
 
     def __len__(self) -> int:
