@@ -13,18 +13,22 @@ seconds a step are those after the first tenth. Ratios are medians of the rounds
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import tokenize
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "benchmarks/peers"
@@ -50,29 +54,90 @@ JOBS = {
 NOT_A_LINE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
-def measure(side: str, job: str, processes: int, folder: Path) -> dict[str, float] | None:
-    """What a run's clock has written; None if it failed, whose last words are printed."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(PEERS / f"with_{side}.py")]
-    # Accelerate's variable is what `accelerate launch --cpu` sets: else two processes train each by itself.
-    own: dict[str, object] = {
-        "JOB": job,
-        "RESULT": result,
-        "WANDB_MODE": "disabled",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    with tempfile.TemporaryDirectory(dir=folder) as here:
-        own |= {"FOLDER": here, "BEGIN": time.time()}
+class Side:
+    """A run of a side's program, which stops itself after each turn."""
+
+    def __init__(self, side: str, job: str, processes: int, folder: Path) -> None:
+        self.result = folder / side
+        self.here = folder / f"{side}-here"
+        self.here.mkdir()
         for name in ("photos", "text.txt"):
-            (Path(here) / name).symlink_to(folder / name)
-        done = subprocess.run(command, env=environment(**own), cwd=here, capture_output=True, text=True)
-    if not result.exists():
-        print(f"{side}, {job}, {processes}: {(done.stderr or done.stdout)[-1500:]}", file=sys.stderr)
-        return None
-    measured: dict[str, float] = json.loads(result.read_text())
-    return measured
+            (self.here / name).symlink_to(folder.parent / name)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(PEERS / f"with_{side}.py")]
+        # Accelerate's is what `accelerate launch --cpu` sets: else two processes train each by itself.
+        own = {"JOB": job, "RESULT": self.result, "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"}
+        own |= {"FOLDER": self.here, "BEGIN": time.time()}
+        self.side, self.processes, self.said = side, processes, self.here / "said.txt"
+        with self.said.open("w") as said:
+            self.started = psutil.Popen(
+                command,
+                env=environment(**own),
+                cwd=self.here,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        self.ranks: list[dict[str, Any]] = []
+        self.alive = self.stops()
+
+    def go_on(self) -> bool:
+        """Lets it take its next turn; whether it has done so."""
+        before = len(self.ranks[0]["steps"]) if self.alive else 0
+        for rank in self.ranks:
+            os.killpg(os.getpgid(rank["pid"]), signal.SIGCONT)
+        self.alive = self.alive and self.stops(before + 1)
+        return self.alive
+
+    def stops(self, turns: int = 0) -> bool:
+        """Waits until each rank has stopped after so many turns; False if the program ends before."""
+        files = [Path(f"{self.result}.{rank}") for rank in range(self.processes)]
+        while self.started.poll() is None:
+            if all(file.exists() for file in files):
+                self.ranks = [json.loads(file.read_text()) for file in files]
+                if all(len(rank["steps"]) == turns and stopped(rank["pid"]) for rank in self.ranks):
+                    return True
+            time.sleep(0.002)
+        print(f"{self.side} failed: {self.said.read_text()[-1500:]}", file=sys.stderr)
+        return False
+
+    def end(self) -> None:
+        """Ends it, whatever it is at."""
+        for pid in [self.started.pid, *(rank["pid"] for rank in self.ranks)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(os.getpgid(pid), signal.SIGKILL)
+        self.started.wait()
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process waits to go on."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
+def measure(sides: list[str], job: str, processes: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the clocks of a round have written: sides start one by one, then take turns, there and back."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        running: list[Side] = []
+        try:
+            for side in sides:
+                running.append(Side(side, job, processes, Path(name)))
+            for turn in range(turns_of(job)):
+                for run in running[:: -1 if turn % 2 else 1]:
+                    run.go_on()
+            return {run.side: run.ranks[0] for run in running if run.alive}
+        finally:
+            for run in running:
+                run.end()
+
+
+def turns_of(job: str) -> int:
+    """How many turns a job is made for."""
+    sys.path.insert(0, str(PEERS))
+    from jobs import TURNS
+
+    return TURNS[job]
 
 
 def make_data(folder: Path) -> None:
@@ -81,7 +146,7 @@ def make_data(folder: Path) -> None:
     from PIL import Image
 
     draw = np.random.default_rng(0)
-    for part, count in (("train", 100), ("val", 4)):
+    for part, count in (("train", 110), ("val", 4)):
         for label in range(10):
             (folder / f"photos/{part}/{label}").mkdir(parents=True)
             for number in range(count):
@@ -105,20 +170,21 @@ def lines(side: str) -> int:
     return len(counted)
 
 
-def row(side: str, rounds: list[dict[str, dict[str, float]]]) -> str:
+def row(side: str, rounds: list[dict[str, dict[str, Any]]]) -> str:
     """A line of a table, of the rounds in which both this side and the bare one came to an end."""
     both = [(r[side], r["bare"]) for r in rounds if side in r and "bare" in r]
     if not both:
         return f"| {side} | failed | | | | | |"
-
-    def middle(key: str) -> float:
-        return statistics.median(own[key] for own, _ in both)
-
-    ratios = sorted(own["step"] / bare["step"] for own, bare in both)
+    pairs = [list(zip(own["steps"], bare["steps"], strict=True)) for own, bare in both]
+    ratios = [[own / bare for own, bare in turns] for turns in pairs]
+    step = statistics.median(own for turns in pairs for own, _ in turns)
+    middles = sorted(statistics.median(of_round) for of_round in ratios)
+    middle = statistics.median(ratio for of_round in ratios for ratio in of_round)
     first = statistics.median(own["first"] / bare["first"] for own, bare in both)
-    spread = f"{statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    own = f"{middle('step') * 1e3:.2f} | {spread} | {middle('first'):.2f} | {first:.2f}"
-    return f"| {side} | {own} | {middle('memory'):,.0f} | {lines(side)} |"
+    spread = f"{middle:.3f} | {middles[0]:.3f} to {middles[-1]:.3f}"
+    start = f"{statistics.median(own['first'] for own, _ in both):.2f} | {first:.2f}"
+    memory = statistics.median(own["memory"] for own, _ in both)
+    return f"| {side} | {step * 1e3:.2f} | {spread} | {start} | {memory:,.0f} | {lines(side)} |"
 
 
 def main() -> None:
@@ -136,14 +202,13 @@ def main() -> None:
         make_data(folder)
         for job in given.jobs:
             for processes in given.processes:
-                rounds: list[dict[str, dict[str, float]]] = []
-                for number in range(given.rounds):
-                    order = sides[:: -1 if number % 2 else 1]
-                    measured = {side: measure(side, job, processes, folder) for side in order}
-                    rounds.append({side: times for side, times in measured.items() if times})
+                rounds = [
+                    measure(sides[:: -1 if number % 2 else 1], job, processes, folder)
+                    for number in range(given.rounds)
+                ]
                 print(f"\n{JOBS[job]}, {processes} process{'es' * (processes > 1)}\n")
-                print("| side | ms a step | x bare | first step, s | x bare | MB | lines |")
-                print("| --- | --- | --- | --- | --- | --- | --- |")
+                print("| side | ms a step | x bare | rounds | first step, s | x bare | MB | lines |")
+                print(f"|{' --- |' * 8}")
                 print("\n".join(row(side, rounds) for side in sides), flush=True)
     versions = ", ".join(f"{PACKAGES[side][1]} {version(PACKAGES[side][1])}" for side in sides)
     print(f"\n{processor()}, {os.cpu_count()} CPUs, one thread a process; {versions}")
