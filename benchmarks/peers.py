@@ -5,9 +5,9 @@
     python benchmarks/peers.py --rounds 1 --jobs mlp --processes 1 --sides ours bare
 
 Each framework has a file in peers/ that does the job as its own documentation says; what they train, and the
-clock, are in peers/jobs.py. A process of its own for each side, job and round; sides run in turn, every
-other round in the opposite order. The first step counts from the command's start to the second forward pass;
-seconds a step are those after the first tenth. Ratios are medians of the rounds' ratios to plain PyTorch.
+clock, are in peers/jobs.py. In each round each side starts alone: its first step is over when the second
+forward pass begins. Then all sides start once more and take turns of some steps, each stopped while the others
+run. Ratios are medians over all turns, and over all rounds, to plain PyTorch in the same turn or round.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import signal
 import statistics
@@ -58,11 +59,11 @@ class Side:
     """A run of a side's program, which stops itself after each turn."""
 
     def __init__(self, side: str, job: str, processes: int, folder: Path) -> None:
-        self.result = folder / side
-        self.here = folder / f"{side}-here"
-        self.here.mkdir()
+        self.here = folder / side
+        self.here.mkdir(parents=True)
+        self.result = self.here / "result"
         for name in ("photos", "text.txt"):
-            (self.here / name).symlink_to(folder.parent / name)
+            (self.here / name).symlink_to(folder.parents[1] / name)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), str(PEERS / f"with_{side}.py")]
         # Accelerate's is what `accelerate launch --cpu` sets: else two processes train each by itself.
@@ -97,16 +98,18 @@ class Side:
                 self.ranks = [json.loads(file.read_text()) for file in files]
                 if all(len(rank["steps"]) == turns and stopped(rank["pid"]) for rank in self.ranks):
                     return True
-            time.sleep(0.002)
+            time.sleep(0.02)
         print(f"{self.side} failed: {self.said.read_text()[-1500:]}", file=sys.stderr)
         return False
 
     def end(self) -> None:
-        """Ends it, whatever it is at."""
+        """Ends it, whatever it is at; its memory is free before another one starts."""
+        ended: list[psutil.Process] = []
         for pid in [self.started.pid, *(rank["pid"] for rank in self.ranks)]:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                ended.append(psutil.Process(pid))
                 os.killpg(os.getpgid(pid), signal.SIGKILL)
-        self.started.wait()
+        psutil.wait_procs([self.started, *ended])
 
 
 def stopped(pid: int) -> bool:
@@ -117,19 +120,28 @@ def stopped(pid: int) -> bool:
 
 
 def measure(sides: list[str], job: str, processes: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the clocks of a round have written: sides start one by one, then take turns, there and back."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        running: list[Side] = []
-        try:
-            for side in sides:
-                running.append(Side(side, job, processes, Path(name)))
-            for turn in range(turns_of(job)):
-                for run in running[:: -1 if turn % 2 else 1]:
-                    run.go_on()
-            return {run.side: run.ranks[0] for run in running if run.alive}
-        finally:
-            for run in running:
-                run.end()
+    """What the clocks of a round have written.
+
+    Sides start one by one, each alone: with many in memory the last ones start slower. Then all start once
+    more, and take turns, there and back.
+    """
+    running: list[Side] = []
+    with tempfile.TemporaryDirectory(dir=folder) as name, contextlib.ExitStack() as ends:
+        alone = {side: started_alone(side, job, processes, Path(name)) for side in sides}
+        for side in sides:
+            running.append(Side(side, job, processes, Path(name) / "turns"))
+            ends.callback(running[-1].end)
+        for turn in range(turns_of(job)):
+            for run in running[:: -1 if turn % 2 else 1]:
+                run.go_on()
+        return {run.side: run.ranks[0] | {"first": alone[run.side]} for run in running if run.alive}
+
+
+def started_alone(side: str, job: str, processes: int, folder: Path) -> float:
+    """Seconds until the second step of a side begins; not a number if it fails."""
+    run = Side(side, job, processes, folder / "alone")
+    run.end()
+    return float(run.ranks[0]["first"]) if run.alive else math.nan
 
 
 def turns_of(job: str) -> int:

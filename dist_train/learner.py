@@ -84,8 +84,9 @@ class Learner:
         with ranks.together():
             self.optimizer = optim.build(config, self.model)
             self.parallel.check(self.optimizer)
-        # Those of torch draw none, and a seed costs a hundredth of a small step.
-        self.may_draw = not type(self.optimizer).__module__.startswith(("torch.", "dist_train."))
+        # Torch's own optimizers and ours draw nothing, and drop gradients as we do: a seed, and the profiling
+        # of `zero_grad`, cost a hundredth of a small step each.
+        self.is_foreign = not type(self.optimizer).__module__.startswith(("torch.", "dist_train."))
         # Accelerate's wrapper costs a tenth of a small step (docs/design.md); only a loss scale needs it.
         self.scaler = ranks.accelerator.scaler
         self._stepping = (
@@ -137,7 +138,8 @@ class Learner:
             part, total = batch.part, batch.part.total
             # Keyed by the part, not by the rank: whoever computes it drops the same units.
             seed_device(self.ranks.device, key(self.config.seed, "noise", self.step, part.number))
-            with self.parallel.part(bool(part.size), is_last=len(sums) == self.per_rank - 1):
+            is_last = len(sums) == self.per_rank - 1
+            with self.parallel.part(bool(part.size), is_last):
                 given = self.task.losses(self.parallel.called, batch)
                 values, weights = given[0], given[1]
                 weighted, further = weights is not None, given[2] if len(given) > 2 else {}
@@ -148,15 +150,17 @@ class Learner:
                 else:
                     gradient, summed = _weigh(values, weights, further, part.size)
                     gradient = gradient * scale
+                sums.append(summed)
+                if weighted and is_last:  # beside the backward pass
+                    weigh = self.ranks.sum_soon(tree_sum(sums)[:1])
                 if skipping:  # a loss that is not finite on one rank makes the gradient so on all of them
                     gradient = gradient + 0 * values.detach().sum()
                 self.backward(values, gradient=gradient)
-            sums.append(summed)
             losses.append((values.detach(), weights))
         self.parallel.buffers.finish(min(self.parts, total))
         if weighted:  # until here divided by the number of samples; now all know what the values weigh
-            weight = self.ranks.sum(tree_sum(sums)[:1])[0]
-            self.parallel.scale(torch.where(weight > 0, total / weight, 0))
+            every = weigh()[0]
+            self.parallel.scale(torch.where(every > 0, total / every, 0))
         norm, rows, skipped = None, [], False
         if self.scaler and (train.clip_norm or train.clip_value or skipping or with_norm):
             self.ranks.accelerator.unscale_gradients(self._stepping)
@@ -169,10 +173,14 @@ class Learner:
         if train.clip_value:
             self.parallel.clip_values(train.clip_value)
         if not skipped or self.scaler:  # the scaler skips by itself, and lowers its scale
-            if self.may_draw:  # the same random numbers on all ranks
+            if self.is_foreign:  # the same random numbers on all ranks
                 seed_device(self.ranks.device, key(self.config.seed, "update", self.step))
             self._stepping.step()
-        self.optimizer.zero_grad()
+        if self.is_foreign:
+            self.optimizer.zero_grad()
+        else:
+            for weight in self._optimized():
+                weight.grad = None
         if skipped:
             self.parallel.buffers.undo()
             self.skipped += 1

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,6 +64,19 @@ class Runtime:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return tree_sum(parts)
+
+    def sum_soon(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Begins `sum`, of a tensor that is left alone from now on; what it returns waits for the sum."""
+        if self.world_size == 1:
+            return lambda: tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        work = dist.all_gather(parts, tensor, async_op=True)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return tree_sum(parts)
+
+        return finish
 
     def memory(self) -> dict[str, float]:
         """The greatest memory so far, in GB: of the GPU that this process uses, else of the process."""

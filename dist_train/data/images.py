@@ -176,7 +176,7 @@ def image_paths(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def as_text(path: Path | str) -> str:
+def as_text(path: Path | str | bytes) -> str:
     """A path for messages and records: of its bytes those that are no UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 

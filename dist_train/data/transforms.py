@@ -92,6 +92,8 @@ class ImageTransform:
 
     def drawn(self, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
         """The numbers by which `batch` transforms the samples `indices` `[B]` in an epoch, `[B, draws]`."""
+        if not self.draws:  # a hundredth of a small step
+            return np.empty((len(indices), 0))
         return uniform(seed, epoch, indices, "geometry", self.draws)
 
     def batch(self, images: torch.Tensor, drawn: np.ndarray) -> torch.Tensor:
