@@ -6,8 +6,8 @@
 
 Each framework has a file in peers/ that does the job as its own documentation says; what they train, and the
 clock, are in peers/jobs.py. In each round each side starts alone: its first step is over when the second
-forward pass begins. Then all sides start once more and take turns of some steps, each stopped while the others
-run. Ratios are medians over all turns, and over all rounds, to plain PyTorch in the same turn or round.
+forward pass begins. Then all start once more and take turns of some steps, each stopped while the others run.
+Ratios are medians over all turns, and over all rounds, to plain PyTorch in the same turn or round.
 """
 
 from __future__ import annotations
