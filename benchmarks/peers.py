@@ -182,21 +182,58 @@ def lines(side: str) -> int:
     return len(counted)
 
 
-def row(side: str, rounds: list[dict[str, dict[str, Any]]]) -> str:
-    """A line of a table, of the rounds in which both this side and the bare one came to an end."""
-    both = [(r[side], r["bare"]) for r in rounds if side in r and "bare" in r]
-    if not both:
-        return f"| {side} | failed | | | | | |"
-    pairs = [list(zip(own["steps"], bare["steps"], strict=True)) for own, bare in both]
-    ratios = [[own / bare for own, bare in turns] for turns in pairs]
-    step = statistics.median(own for turns in pairs for own, _ in turns)
-    middles = sorted(statistics.median(of_round) for of_round in ratios)
-    middle = statistics.median(ratio for of_round in ratios for ratio in of_round)
-    first = statistics.median(own["first"] / bare["first"] for own, bare in both)
+Rounds = list[dict[str, dict[str, Any]]]  # what `measure` gave
+
+
+def ratios(side: str, rounds: Rounds) -> list[list[float]]:
+    """Of each round in which a side and the bare one came to an end: the ratio of their steps in a turn."""
+    both = [(r[side]["steps"], r["bare"]["steps"]) for r in rounds if side in r and "bare" in r]
+    return [[own / bare for own, bare in zip(*turns, strict=True)] for turns in both]
+
+
+def row(side: str, rounds: Rounds) -> str:
+    """A line of a table."""
+    of_rounds = ratios(side, rounds)
+    if not of_rounds:
+        return f"| {side} | failed | | | | | | |"
+    own = [r[side] for r in rounds if side in r]
+    step = statistics.median(seconds for run in own for seconds in run["steps"])
+    middles = sorted(map(statistics.median, of_rounds))
+    middle = statistics.median(ratio for turns in of_rounds for ratio in turns)
+    first = statistics.median(
+        r[side]["first"] / r["bare"]["first"] for r in rounds if side in r and "bare" in r
+    )
     spread = f"{middle:.3f} | {middles[0]:.3f} to {middles[-1]:.3f}"
-    start = f"{statistics.median(own['first'] for own, _ in both):.2f} | {first:.2f}"
-    memory = statistics.median(own["memory"] for own, _ in both)
+    start = f"{statistics.median(run['first'] for run in own):.2f} | {first:.2f}"
+    memory = statistics.median(run["memory"] for run in own)
     return f"| {side} | {step * 1e3:.2f} | {spread} | {start} | {memory:,.0f} | {lines(side)} |"
+
+
+def draw(found: dict[str, Rounds], sides: list[str], path: Path) -> None:
+    """A point for each side in each job, with the least and the greatest median of its rounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.55 * len(found)), layout="constrained")
+    others = [side for side in sides if side != "bare"]
+    for number, side in enumerate(others):
+        for place, rounds in enumerate(found.values()):
+            middles = sorted(map(statistics.median, ratios(side, rounds)))
+            if middles:
+                height, color = place + (number + 1) / (len(others) + 1) - 0.5, f"C{number}"
+                size = 7 if side == "ours" else 4
+                label = side if not place else None
+                axis.plot(statistics.median(middles), height, "o", ms=size, color=color, label=label)
+                axis.plot([middles[0], middles[-1]], [height] * 2, color=color, lw=1)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.invert_yaxis()
+    axis.axvline(1, color="gray", lw=0.8)
+    axis.set_xlabel("a step, of plain PyTorch's time")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(loc="center right", frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -212,18 +249,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder)
+        found: dict[str, Rounds] = {}
         for job in given.jobs:
             for processes in given.processes:
-                rounds = [
+                title = f"{JOBS[job]}, {processes} process{'es' * (processes > 1)}"
+                found[title] = rounds = [
                     measure(sides[:: -1 if number % 2 else 1], job, processes, folder)
                     for number in range(given.rounds)
                 ]
-                print(f"\n{JOBS[job]}, {processes} process{'es' * (processes > 1)}\n")
+                print(f"\n{title}\n")
                 print("| side | ms a step | x bare | rounds | first step, s | x bare | MB | lines |")
                 print(f"|{' --- |' * 8}")
                 print("\n".join(row(side, rounds) for side in sides), flush=True)
     versions = ", ".join(f"{PACKAGES[side][1]} {version(PACKAGES[side][1])}" for side in sides)
     print(f"\n{processor()}, {os.cpu_count()} CPUs, one thread a process; {versions}")
+    draw(found, sides, Path(__file__).with_suffix(".png"))
     if missing:
         print(f"Not installed: {', '.join(PACKAGES[side][1] for side in missing)}")
 

@@ -81,8 +81,37 @@ def modelled(weights: float, step: float, processes: int) -> float:
     return seen / (step + seen)
 
 
+def draw(shares: dict[str, dict[int, list[float]]], path: Path) -> None:
+    """The measured shares of each round, and lines of the model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for number, (name, counts) in enumerate(shares.items()):
+        points = [(count, share) for count, rounds in counts.items() for share in rounds]
+        left.plot(*zip(*points, strict=True), "o", color=f"C{number}", alpha=0.5)
+        left.plot(
+            counts, [statistics.median(rounds) for rounds in counts.values()], color=f"C{number}", label=name
+        )
+    left.set_xticks([1, 2, 4])
+    left.set_xlabel("processes on 2 CPUs, measured")
+    for name, (weights, step) in MODELS.items():
+        gpus = [2**power for power in range(11)]
+        right.plot(gpus, [modelled(weights, step, count) for count in gpus], label=name)
+    right.set_xscale("log", base=2)
+    right.set_xlabel("GPUs, by the model")
+    for axis in (left, right):
+        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    left.set_ylabel("share of communication")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    """Measures, and prints both tables."""
+    """Measures, prints both tables and draws them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="turns of each side")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
@@ -92,11 +121,15 @@ def main() -> None:
         return as_rank(name, int(rounds), result)
     print("| model | processes | ms a step | without the sum | share of communication |")
     print("| --- | --- | --- | --- | --- |")
+    shares: dict[str, dict[int, list[float]]] = {}
     for name in JOBS:
+        shares[name] = {1: [0.0]}
         for processes in (1, 2, 4):
             seconds = measure(__file__, processes, name, arguments.rounds)
-            pairs = zip(seconds["with"], seconds["without"], strict=True)
-            share = statistics.median(1 - without / both for both, without in pairs)
+            if processes > 1:
+                pairs = zip(seconds["with"], seconds["without"], strict=True)
+                shares[name][processes] = [1 - without / both for both, without in pairs]
+            share = statistics.median(shares[name][processes])
             both, without = (1000 * statistics.median(values) for values in seconds.values())
             found = f"{without:.2f} | {share:.0%}" if processes > 1 else "| none"
             print(f"| {name} | {processes} | {both:.2f} | {found} |", flush=True)
@@ -105,8 +138,9 @@ def main() -> None:
     print(f"| modelled | ms a step of one GPU | {' | '.join(f'{count:,} GPUs' for count in counts)} |")
     print("| --- " * (2 + len(counts)) + "|")
     for name, (weights, step) in MODELS.items():
-        shares = " | ".join(f"{modelled(weights, step, count):.1%}" for count in counts)
-        print(f"| {name} | {step * 1e3:.0f} | {shares} |")
+        row = " | ".join(f"{modelled(weights, step, count):.1%}" for count in counts)
+        print(f"| {name} | {step * 1e3:.0f} | {row} |")
+    draw(shares, Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":
