@@ -246,7 +246,6 @@ class Buffers:
         self._changes = Subtrees()
         self._last: Tensors = []
 
-    @torch.no_grad()
     def begin(self, parts: int, skipping: bool) -> None:
         """Keeps what is there before a step of so many parts, if that will be needed."""
         self.several = parts > 1 and bool(self.floats or self.others)
@@ -256,11 +255,13 @@ class Buffers:
             self._before = _flat(self.floats)
             self._others_before = [buffer.clone() for buffer in self.others]
 
-    @torch.no_grad()
     def after_part(self, counts: bool, is_last: bool) -> None:
         """Takes up what a part has changed, if it `counts`, and puts all back for the next one."""
-        if not self.several:
-            return
+        if self.several:  # to enter `no_grad` would cost a small step as much as an operation
+            self._take_up(counts, is_last)
+
+    @torch.no_grad()
+    def _take_up(self, counts: bool, is_last: bool) -> None:
         if not self._first:
             self._first = [buffer.clone() for buffer in self.others]
         now = _flat(self.floats)
@@ -272,11 +273,13 @@ class Buffers:
             self._changes.add([change])
             self.undo()
 
-    @torch.no_grad()
     def finish(self, counting: int) -> None:
         """After the last part, where so many of all parts did count."""
-        if not self.several:
-            return
+        if self.several:
+            self._put_together(counting)
+
+    @torch.no_grad()
+    def _put_together(self, counting: int) -> None:
         change = self._last[0]
         assert change is not None
         if self.ranks.world_size > 1 and len(change):
@@ -293,6 +296,7 @@ class Buffers:
             torch._foreach_copy_(self.others, self._others_before)
 
 
+@torch.no_grad()
 def _flat(buffers: list[torch.Tensor]) -> torch.Tensor:
     """All values of some buffers, `[N]`; in the widest of their types."""
     return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)

@@ -27,6 +27,8 @@ class Batch(NamedTuple):
     @property
     def rows(self) -> int:
         """How many samples there are; also one that only fills the part of a rank that was left nothing."""
+        if isinstance(self.inputs, torch.Tensor):
+            return len(self.inputs)
         return next((len(tensor) for tensor in tensors(self.inputs)), 0)
 
     def to(self, device: torch.device, channels_last: bool = False) -> Batch:
