@@ -57,16 +57,12 @@ class Runtime:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a small `tensor` over all ranks, in the order of ranks."""
-        if self.world_size == 1:
-            return tensor
         if self.world_size > MANY_RANKS:  # in the same order, with the traffic of two tensors a rank
             return sum_over_ranks(tensor.flatten().clone(), self.world_size).view_as(tensor)
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        return tree_sum(parts)
+        return self.sum_soon(tensor)()
 
     def sum_soon(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins `sum`, of a tensor that is left alone from now on; what it returns waits for the sum."""
+        """Begins `sum`; what it returns waits for the end. Until then `tensor` is to be left alone."""
         if self.world_size == 1:
             return lambda: tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
