@@ -92,9 +92,8 @@ def draw(shares: dict[str, dict[int, list[float]]], path: Path) -> None:
     for number, (name, counts) in enumerate(shares.items()):
         points = [(count, share) for count, rounds in counts.items() for share in rounds]
         left.plot(*zip(*points, strict=True), "o", color=f"C{number}", alpha=0.5)
-        left.plot(
-            counts, [statistics.median(rounds) for rounds in counts.values()], color=f"C{number}", label=name
-        )
+        middles = [statistics.median(rounds) for rounds in counts.values()]
+        left.plot(list(counts), middles, color=f"C{number}", label=name)
     left.set_xticks([1, 2, 4])
     left.set_xlabel("processes on 2 CPUs, measured")
     for name, (weights, step) in MODELS.items():
@@ -103,7 +102,7 @@ def draw(shares: dict[str, dict[int, list[float]]], path: Path) -> None:
     right.set_xscale("log", base=2)
     right.set_xlabel("GPUs, by the model")
     for axis in (left, right):
-        axis.yaxis.set_major_formatter("{x:.0%}")
+        axis.yaxis.set_major_formatter("{x:.1%}")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
     left.set_ylabel("share of communication")
