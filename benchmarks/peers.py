@@ -33,8 +33,9 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 PEERS = ROOT / "benchmarks/peers"
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(PEERS)]
 
+from jobs import TURNS  # noqa: E402
 from overhead import environment, processor  # noqa: E402
 
 PACKAGES = {  # what is imported, and what is installed
@@ -82,13 +83,12 @@ class Side:
         self.ranks: list[dict[str, Any]] = []
         self.alive = self.stops()
 
-    def go_on(self) -> bool:
-        """Lets it take its next turn; whether it has done so."""
-        before = len(self.ranks[0]["steps"]) if self.alive else 0
-        for rank in self.ranks:
-            os.killpg(os.getpgid(rank["pid"]), signal.SIGCONT)
-        self.alive = self.alive and self.stops(before + 1)
-        return self.alive
+    def go_on(self) -> None:
+        """Lets it take its next turn, if it hasn't failed before."""
+        if self.alive:
+            for rank in self.ranks:
+                os.killpg(os.getpgid(rank["pid"]), signal.SIGCONT)
+            self.alive = self.stops(len(self.ranks[0]["steps"]) + 1)
 
     def stops(self, turns: int = 0) -> bool:
         """Waits until each rank has stopped after so many turns; False if the program ends before."""
@@ -131,7 +131,7 @@ def measure(sides: list[str], job: str, processes: int, folder: Path) -> dict[st
         for side in sides:
             running.append(Side(side, job, processes, Path(name) / "turns"))
             ends.callback(running[-1].end)
-        for turn in range(turns_of(job)):
+        for turn in range(TURNS[job]):
             for run in running[:: -1 if turn % 2 else 1]:
                 run.go_on()
         return {run.side: run.ranks[0] | {"first": alone[run.side]} for run in running if run.alive}
@@ -142,14 +142,6 @@ def started_alone(side: str, job: str, processes: int, folder: Path) -> float:
     run = Side(side, job, processes, folder / "alone")
     run.end()
     return float(run.ranks[0]["first"]) if run.alive else math.nan
-
-
-def turns_of(job: str) -> int:
-    """How many turns a job is made for."""
-    sys.path.insert(0, str(PEERS))
-    from jobs import TURNS
-
-    return TURNS[job]
 
 
 def make_data(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 The clock is a hook of the model's forward pass, which all frameworks call once a step, so that nothing of a
 framework has to be known or changed to measure it. After each turn it stops its process, and with it what
-reads data for it, until the benchmark lets it go on: so sides take turns of less than a second.
+reads data for it, until the benchmark lets it go on: so sides take turns of a second or so.
 """
 
 from __future__ import annotations
