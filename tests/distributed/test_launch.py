@@ -18,7 +18,7 @@ from tests.warm import Process
 DIES = """
 import atexit, os, pathlib, signal, sys, time
 from dist_train.checkpoint import memory, saver
-from dist_train import learner, trainer
+from dist_train import learner, runtime, trainer
 from dist_train.cluster import board
 from dist_train.tasks import Classification
 
@@ -46,9 +46,23 @@ def at(place):
             os.kill(os.getpid(), signal.SIGKILL)
 
 class Dies(Classification):
+    step = 0
+
     def losses(self, model, batch):
+        Dies.step = batch.part.step
         at(f"step{batch.part.step}")
         return super().losses(model, batch)
+
+class Weighs(Dies):
+    def losses(self, model, batch):
+        return super().losses(model, batch)[0], 1.0 + batch.targets % 2
+
+def summing(sum_soon):
+    def function(self, tensor):
+        finish = sum_soon(self, tensor)
+        at(f"summing{Dies.step}")
+        return finish
+    return function
 
 def evaluating(evaluate):
     def function(self, batches, *arguments):
@@ -76,6 +90,7 @@ def copying(copy):
 saver.write_atomically = dying(saver.write_atomically, "saved")
 saver.point = dying(saver.point, "linked")
 trainer.Trainer.copy = copying(trainer.Trainer.copy)
+runtime.Runtime.sum_soon = summing(runtime.Runtime.sum_soon)
 learner.Learner.evaluate = evaluating(learner.Learner.evaluate)
 at("starting")
 
@@ -89,7 +104,9 @@ JOB = ["task.name=mine:Dies", "train.ema=0.9", "optim.args.momentum=0.9", "train
        "eval.every=10", "data.shuffle=true"]  # fmt: skip
 MLP = ["model.args.hidden=[16]", "model.args.dropout=0.2"]
 CNN = ["model.name=cnn", "model.args.widths=[8]"]  # with BatchNorm
+WEIGHS = "task.name=mine:Weighs"
 PLACES = {"starting-1", "evaluating10-1", "step13-0", "copying-0", "step23-1", "copied-1", "evaluating30-0"}
+IN_A_SUM = {"summing17-1", "summing27-0"}  # of what a step's targets weigh, beside its backward pass
 IN_A_SAVE = {"saved-step-00000020.pt-0", "linked-best.pt-0"}
 
 
@@ -125,6 +142,7 @@ def assert_equal(folder: Path, killed: str = "killed") -> None:
     ("model", "every"),
     [
         pytest.param(MLP, "5", id="mlp"),
+        pytest.param([*MLP, WEIGHS], "5", id="weights"),
         pytest.param(CNN, "never", id="batchnorm", marks=pytest.mark.long),
     ],
 )
@@ -133,7 +151,8 @@ def test_a_rank_that_is_killed_is_replaced_and_no_bit_changes(
 ) -> None:
     """At the start, in a step, in an evaluation, in a save and around a copy; rank 0 and rank 1."""
     job += [*model, f"checkpoint.every={every}", *(["checkpoint.best=none"] if every == "never" else [])]
-    places = PLACES if every == "never" else PLACES | IN_A_SAVE
+    further = IN_A_SUM if WEIGHS in model else IN_A_SAVE
+    places = PLACES if every == "never" else PLACES | further
     finished = cli("launch", "--nproc", 2, "--no-spare", *job, "run.name=undisturbed")
     assert (finished.rc, "killed" in finished.err) == (0, False), finished
     finished = cli("launch", "--nproc", 2, *job, "run.name=killed", env={"DIE": " ".join(places)})
