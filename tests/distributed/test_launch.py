@@ -16,7 +16,7 @@ from tests.warm import Process
 
 # Ranks kill themselves, once at each of the places that DIE names; copies are taken as often as it goes.
 DIES = """
-import atexit, os, pathlib, signal, sys, time
+import atexit, fcntl, os, pathlib, signal, sys, time
 from dist_train.checkpoint import memory, saver
 from dist_train import learner, runtime, trainer
 from dist_train.cluster import board
@@ -30,20 +30,23 @@ def told():
     return pathlib.Path("told.txt").read_text().split()
 
 def at(place):
-    place = f"{place}-{os.environ.get('RANK', 0)}"
-    if place in os.environ.get("DIE", "").split():
-        if place == LATER and SAVED in os.environ["DIE"].split() and SAVED not in told():
-            while SAVED not in told():  # else both might die at once
-                time.sleep(0.01)
-            return  # the step can't be done without the other rank, and is begun again
-        until = time.monotonic() + 60
-        while place == LATER and not board.current.are_ready([0]) and time.monotonic() < until:
-            time.sleep(0.01)  # it may be the first step after the other's death, who may not have begun
-        with open("told.txt", "a") as file:
-            died = place in told()
-            file.write("" if died else f"{place} ")
-        if not died:
-            os.kill(os.getpid(), signal.SIGKILL)
+    rank = int(os.environ.get("RANK", 0))
+    place = f"{place}-{rank}"
+    if place not in os.environ.get("DIE", "").split() or place in told():
+        return
+    while place == LATER and SAVED in os.environ["DIE"].split() and SAVED not in told():
+        time.sleep(0.01)  # else it might be saved by then
+    with open("told.txt", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one dies at a time
+        if "starting" not in place:
+            if board.current.generation != len(told()) or not board.current.are_ready([rank]):
+                return  # the other is dead: without it nothing comes of this place, and it is reached again
+            until = time.monotonic() + 60
+            while not board.current.are_ready([1 - rank]) and time.monotonic() < until:
+                time.sleep(0.01)  # this may be the first step since it has died, and it may not have begun
+        file.write(f"{place} ")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 class Dies(Classification):
     step = 0
@@ -87,6 +90,14 @@ def copying(copy):
             at("copied")
     return function
 
+def settled(is_copy_due):
+    def function(self):
+        if Dies.step > 25:  # else they are over before a slow disk has what was saved, and no copy is due
+            self.wait()
+        return is_copy_due(self)
+    return function
+
+saver.Checkpoints.is_copy_due = settled(saver.Checkpoints.is_copy_due)
 saver.write_atomically = dying(saver.write_atomically, "saved")
 saver.point = dying(saver.point, "linked")
 trainer.Trainer.copy = copying(trainer.Trainer.copy)
@@ -106,7 +117,7 @@ MLP = ["model.args.hidden=[16]", "model.args.dropout=0.2"]
 CNN = ["model.name=cnn", "model.args.widths=[8]"]  # with BatchNorm
 WEIGHS = "task.name=mine:Weighs"
 PLACES = {"starting-1", "evaluating10-1", "step13-0", "copying-0", "step23-1", "copied-1", "evaluating30-0"}
-IN_A_SUM = {"summing17-1", "summing27-0"}  # of what a step's targets weigh, beside its backward pass
+IN_A_SUM = {"summing12-1", "summing14-0"}  # of what a step's targets weigh, beside its backward pass
 IN_A_SAVE = {"saved-step-00000020.pt-0", "linked-best.pt-0"}
 
 
