@@ -24,7 +24,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
-from dist_train import __version__
+from dist_train import __version__, heap
 from dist_train.cluster import board, slurm
 from dist_train.cluster.accelerate import asked_of_accelerate, was_launched
 from dist_train.config import Config, UserError, counted
@@ -156,6 +156,8 @@ def start(config: Config) -> Runtime:
         )
     if device == "mps" and world_size > 1:
         raise UserError("device: MPS works with one process only; start one, or set device=cpu.")
+    if device == "cpu":
+        heap.keep()
     torch.set_num_threads(cpu_threads(config.threads, local_world_size, os.environ))
     if config.precision == "tf32":
         torch.set_float32_matmul_precision("high")

@@ -39,7 +39,7 @@ LAYERS = """
     tree
     record console pages
     cluster
-    parts seeds
+    parts seeds heap
     config importing
 """
 UPWARD = {("parallel", "fsdp")}  # it chooses it, and imports it when it is asked for
