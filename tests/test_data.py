@@ -801,15 +801,20 @@ def test_workers_fetch_the_same_batches_as_the_process_itself(image_folder: Path
         assert torch.equal(one, other)
 
 
-def test_sets_in_memory_need_no_workers_and_files_share_the_cpus(npz: Path, image_folder: Path) -> None:
+def test_sets_in_memory_need_no_workers_and_files_share_the_cpus(
+    npz: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def workers(**source: Any) -> int:
         setup = config(data=source)
         return loader.workers(data.build(setup).train, setup, rank())
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    monkeypatch.setattr(loader, "allowed_cpus", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert workers(name="arrays", root=str(npz)) == 0
     assert workers(name="arrays", root=str(npz), workers=1) == 1
-    assert 0 < workers(name="image_folder", root=str(image_folder)) <= cpus
+    assert workers(name="image_folder", root=str(image_folder)) == 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # one is left alone
+    assert workers(name="arrays", root=str(npz)) == 1
 
 
 def test_a_batch_fetched_at_once_is_the_same_as_sample_by_sample(npz: Path) -> None:

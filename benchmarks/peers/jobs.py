@@ -37,6 +37,7 @@ class Tensors(Dataset):
     """Inputs and targets in memory; a whole batch is one indexing, for whoever asks for it so."""
 
     classes = tuple("0123456789")
+    in_threads = True  # as dist_train is told: it draws nothing, so may be read beside a step
 
     def __init__(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         self.inputs, self.targets = inputs, targets

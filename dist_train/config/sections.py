@@ -87,14 +87,15 @@ class DataConfig:
     workers: int | None = option(
         None,
         "Threads per rank that make batches, or processes where data or transforms need them (images.md); "
-        "null: none for data in memory, else this rank's share of the CPUs.",
+        "null: this rank's share of the CPUs; for data in memory none, or one thread where the training "
+        "leaves a CPU of this share alone.",
         least=0,
         most_from_file=256,
         may_change=True,
     )
     prefetch: int = option(
         4,
-        "Micro-batches that each worker prepares in advance.",
+        "Micro-batches that each worker prepares in advance; of data in memory, pieces of about 4 MB.",
         least=1,
         most_from_file=1024,
         may_change=True,

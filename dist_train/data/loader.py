@@ -47,24 +47,25 @@ class Threads:
     """The batches of a sampler in its order, made by threads a few ahead of time.
 
     Args:
-        ahead: how many batches may wait or be in the making.
+        at_a_time: how many batches a thread makes at once.
+        ahead: how often as many may wait or be in the making.
         pin: whether to copy them into page-locked memory.
     """
 
     def __init__(
-        self, samples: Samples, sampler: Iterable[Part], threads: int, ahead: int, pin: bool
+        self, samples: Samples, sampler: Iterable[Part], threads: int, at_a_time: int, ahead: int, pin: bool
     ) -> None:
-        self.samples, self.sampler = samples, sampler
-        self.threads, self.ahead, self.pin = threads, ahead, pin
+        self.samples, self.threads, self.ahead, self.pin = samples, threads, ahead, pin
+        self.groups: Any = BatchSampler(sampler, at_a_time, drop_last=False)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        return ahead(self._made, self.sampler, self.threads, self.ahead)
+        return chain.from_iterable(ahead(self._made, self.groups, self.threads, self.ahead))
 
-    def _made(self, part: Part) -> Batch:
-        batch = self.samples.__getitems__([part])[0]
-        assert isinstance(batch, Batch)
-        if not self.pin:
-            return batch
+    def _made(self, parts: list[Part]) -> list[Batch]:
+        batches = [batch for batch in self.samples.__getitems__(parts) if isinstance(batch, Batch)]
+        return list(map(self._pinned, batches)) if self.pin else batches
+
+    def _pinned(self, batch: Batch) -> Batch:
         inputs, targets = (map_tensors(torch.Tensor.pin_memory, x) for x in (batch.inputs, batch.targets))
         return batch._replace(inputs=inputs, targets=targets)
 
@@ -73,7 +74,10 @@ def workers(samples: Samples, config: Config, runtime: Runtime) -> int:
     """How many threads or processes make the batches; 0: the training itself does, between its steps."""
     if config.data.workers is not None:
         return config.data.workers
-    return 0 if samples.is_batched else min(16, allowed_cpus() // runtime.local_world_size)
+    share = allowed_cpus() // runtime.local_world_size
+    if samples.is_batched:  # quick, but not for nothing: a CPU that the training leaves alone can do it
+        return int(samples.in_threads and share > torch.get_num_threads())
+    return min(16, share)
 
 
 def described(samples: Samples, config: Config, runtime: Runtime) -> str:
@@ -96,9 +100,9 @@ def make_loader(
     count = workers(samples, config, runtime)
     pin = runtime.device.type == "cuda" if options.pin_memory is None else options.pin_memory
     pin = pin and torch.cuda.is_available()
-    if count and samples.in_threads:
-        return Threads(samples, sampler, count, count * options.prefetch, pin)
     at_a_time = max(1, FETCH_BYTES // batch_bytes) if samples.is_batched else 1
+    if count and samples.in_threads:
+        return Threads(samples, sampler, count, at_a_time, count * options.prefetch, pin)
     return Loader(
         samples,
         batch_sampler=BatchSampler(sampler, at_a_time, drop_last=False),  # type: ignore[arg-type]
