@@ -57,9 +57,9 @@ NOT_A_LINE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, 
 
 
 class Side:
-    """A run of a side's program, which stops itself after each turn."""
+    """A run of a side's program, which stops itself after each turn; `more` is added to its environment."""
 
-    def __init__(self, side: str, job: str, processes: int, folder: Path) -> None:
+    def __init__(self, side: str, job: str, processes: int, folder: Path, **more: str) -> None:
         self.here = folder / side
         self.here.mkdir(parents=True)
         self.result = self.here / "result"
@@ -69,7 +69,7 @@ class Side:
         command = [sys.executable, *(launcher if processes > 1 else []), str(PEERS / f"with_{side}.py")]
         # Accelerate's is what `accelerate launch --cpu` sets: else two processes train each by itself.
         own = {"JOB": job, "RESULT": self.result, "WANDB_MODE": "disabled", "ACCELERATE_USE_CPU": "true"}
-        own |= {"FOLDER": self.here, "BEGIN": time.time()}
+        own |= {"FOLDER": self.here, "BEGIN": time.time(), **more}
         self.side, self.processes, self.said = side, processes, self.here / "said.txt"
         with self.said.open("w") as said:
             self.started = psutil.Popen(

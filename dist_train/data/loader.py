@@ -59,7 +59,7 @@ class Threads:
         self.groups: Any = BatchSampler(sampler, at_a_time, drop_last=False)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        return chain.from_iterable(ahead(self._made, self.groups, self.threads, self.ahead))
+        yield from chain.from_iterable(ahead(self._made, self.groups, self.threads, self.ahead))
 
     def _made(self, parts: list[Part]) -> list[Batch]:
         batches = [batch for batch in self.samples.__getitems__(parts) if isinstance(batch, Batch)]
@@ -81,9 +81,12 @@ def workers(samples: Samples, config: Config, runtime: Runtime) -> int:
 
 
 def described(samples: Samples, config: Config, runtime: Runtime) -> str:
-    """A line that tells who makes the batches of images, and what needs processes for it; or nothing."""
+    """A line that tells who makes the batches of images, and what needs processes for it; or nothing.
+
+    Of images in memory that are quick for whole batches there is nothing to tell.
+    """
     count = workers(samples, config, runtime)
-    if not count or samples.transform is None:
+    if not count or samples.transform is None or samples.is_batched:
         return ""
     each = " of each rank" if runtime.world_size > 1 else ""
     if samples.in_threads:
