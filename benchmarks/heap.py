@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from overhead import processor
-from peers import JOBS, TURNS, Side, make_data
+from peers import JOBS, Side, make_data, take_turns
 
 LEFT = {"GLIBC_TUNABLES": "glibc.malloc.check=0"}
 
@@ -30,9 +30,7 @@ def measure(job: str, folder: Path) -> list[dict[str, Any]]:
         for side, own in (("left", LEFT), ("kept", {})):
             running.append(Side("ours", job, 1, Path(name) / side, **own))
             ends.callback(running[-1].end)
-        for turn in range(TURNS[job]):
-            for run in running[:: -1 if turn % 2 else 1]:
-                run.go_on()
+        take_turns(running, job)
         return [run.ranks[0] for run in running]
 
 

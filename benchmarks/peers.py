@@ -119,6 +119,13 @@ def stopped(pid: int) -> bool:
     return False
 
 
+def take_turns(running: list[Side], job: str) -> None:
+    """Lets one after the other go on, there and back, until all turns of the job are done."""
+    for turn in range(TURNS[job]):
+        for run in running[:: -1 if turn % 2 else 1]:
+            run.go_on()
+
+
 def measure(sides: list[str], job: str, processes: int, folder: Path) -> dict[str, dict[str, Any]]:
     """What the clocks of a round have written.
 
@@ -131,9 +138,7 @@ def measure(sides: list[str], job: str, processes: int, folder: Path) -> dict[st
         for side in sides:
             running.append(Side(side, job, processes, Path(name) / "turns"))
             ends.callback(running[-1].end)
-        for turn in range(TURNS[job]):
-            for run in running[:: -1 if turn % 2 else 1]:
-                run.go_on()
+        take_turns(running, job)
         return {run.side: run.ranks[0] | {"first": alone[run.side]} for run in running if run.alive}
 
 

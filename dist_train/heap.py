@@ -20,15 +20,16 @@ OWN_VARIABLES = {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESH
 
 
 @cache
-def keep() -> bool:
-    """Has this process keep what it frees, and take its first 2 GB in huge pages; returns whether it does.
+def keep() -> None:
+    """Has this process keep what it frees, and take its first 2 GB in huge pages.
 
-    At once only addresses are taken, no memory. Nothing is changed where the environment sets glibc's own
-    variables for its heap, or where there is another libc. Sources: mallopt(3), madvise(2).
+    At once only addresses are taken, no memory; where a limit on those is too low, there are no huge pages.
+    Nothing is changed where the environment sets glibc's own variables for its heap, or where there is
+    another libc. Sources: mallopt(3), madvise(2).
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "mallopt") or OWN_VARIABLES & set(os.environ):
-        return False
+        return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -39,4 +40,3 @@ def keep() -> bool:
         libc.madvise(-(-top // HUGE) * HUGE, HEAP - 2 * HUGE, mmap.MADV_HUGEPAGE)
         libc.free(top)
     libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-    return bool(top)

@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from dist_train.config import Config, counted
 from dist_train.data.ahead import ahead
-from dist_train.data.batch import Batch
+from dist_train.data.batch import Batch, Unreadable
 from dist_train.data.order import Part
 from dist_train.data.samples import Samples
 from dist_train.nested import map_tensors, tensors
@@ -62,10 +62,12 @@ class Threads:
         yield from chain.from_iterable(ahead(self._made, self.groups, self.threads, self.ahead))
 
     def _made(self, parts: list[Part]) -> list[Batch]:
-        batches = [batch for batch in self.samples.__getitems__(parts) if isinstance(batch, Batch)]
-        return list(map(self._pinned, batches)) if self.pin else batches
+        return [self._ready(batch) for batch in self.samples.__getitems__(parts)]
 
-    def _pinned(self, batch: Batch) -> Batch:
+    def _ready(self, batch: Batch | Unreadable) -> Batch:
+        assert isinstance(batch, Batch)  # a thread raises what a process would send
+        if not self.pin:
+            return batch
         inputs, targets = (map_tensors(torch.Tensor.pin_memory, x) for x in (batch.inputs, batch.targets))
         return batch._replace(inputs=inputs, targets=targets)
 
