@@ -55,6 +55,13 @@ def own_modules_forgotten(tmp_path: Path) -> Iterator[None]:
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """A test's draws from torch's global generator are its own, whatever ran before it in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ def test_the_loss_is_shared_with_the_distance_to_the_teacher() -> None:
     assert torch.allclose(further["distillation"], distance, atol=1e-6)
     only = Distilled(Classification(), teacher, "", weight=1.0, temperature=1.0)
     learning = torch.optim.SGD(student.parameters(), lr=1.0)
-    for _ in range(300):
+    for _ in range(1000):
         only.losses(student, batch)[0].mean().backward()
         learning.step()
         learning.zero_grad()

@@ -157,7 +157,7 @@ def test_the_command_line_says_what_must_be_given_from_python(
 def test_a_given_model_is_loaded_and_predicts(
     here: Callable[..., Any], npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here(*SMALL, "train.steps=60", model=network(), train_data=train_data(), eval_data=eval_data())
+    here(*SMALL, "train.steps=200", model=network(), train_data=train_data(), eval_data=eval_data())
     empty = network()
     model, saved = load_model("runs/run", model=empty)
     assert model is empty and not model.training
