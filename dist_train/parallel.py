@@ -23,6 +23,7 @@ from dist_train.models.batchnorm import Counting, synchronize
 from dist_train.models.blocks import recompute
 from dist_train.rows import local
 from dist_train.runtime import Runtime
+from dist_train.shared import Shared, share
 from dist_train.tree import Subtrees, Tensors, add, sum_over_ranks
 
 
@@ -52,6 +53,7 @@ class Parallel:
         self._subtrees = Subtrees()
         self.buffers = Buffers(ranks, model)
         self.is_ddp = isinstance(self.called, DistributedDataParallel)
+        self._shared = share(ranks) if self.is_ddp and self.in_order else None
         self._add_in_order()
 
     def _spread(self) -> nn.Module:
@@ -68,7 +70,9 @@ class Parallel:
             return
         self.called.broadcast_buffers = False  # type: ignore[assignment] # after rank 0's at the start
         if self.in_order:
-            buckets = BucketSum(self.weights, self._subtrees, self.ranks.world_size, self.meeting)
+            buckets = BucketSum(
+                self.weights, self._subtrees, self.ranks.world_size, self.meeting, self._shared
+            )
             # DDP refuses annotations that are texts, so it gets a function without any.
             self.called.register_comm_hook(buckets, lambda hook, bucket: hook(bucket))  # type: ignore[operator]
 
@@ -199,11 +203,13 @@ class BucketSum:
         subtrees: Subtrees,
         world_size: int,
         meeting: list[Callable[[], None]],
+        shared: Shared | None,
     ) -> None:
-        self.meeting = meeting
+        self.meeting, self.shared = meeting, shared
         self.numbers: dict[torch.Tensor, int] = {weight: number for number, weight in enumerate(weights)}
         self.subtrees, self.world_size = subtrees, world_size
         self._side: torch.cuda.Stream | None = None
+        self._waiting: list[tuple[torch.Tensor, torch.futures.Future[torch.Tensor]]] = []
 
     def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The sum over all parts of what a bucket holds."""
@@ -214,6 +220,8 @@ class BucketSum:
         for subtree in self.subtrees.smallest_first():
             add([subtree[number] for number in numbers], bucket.gradients())
         flat = bucket.buffer()
+        if self.shared:
+            return self._with_the_last(flat, bucket.is_last(), self.shared)
         if self.world_size == 2:  # of two numbers there is one sum, in any order
             return dist.all_reduce(flat, async_op=True).get_future().then(lambda done: done.value()[0])
         future: torch.futures.Future[torch.Tensor]
@@ -228,6 +236,19 @@ class BucketSum:
         future = torch.futures.Future(devices=[flat.device])
         with torch.cuda.stream(self._side):
             future.set_result(sum_over_ranks(flat, self.world_size))
+        return future
+
+    def _with_the_last(
+        self, flat: torch.Tensor, is_last: bool, shared: Shared
+    ) -> torch.futures.Future[torch.Tensor]:
+        """The sum of a bucket, begun when the step's last one is there: so ranks wait for each other once."""
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        self._waiting.append((flat, future))
+        if is_last:
+            shared.add(flat for flat, _ in self._waiting)
+            for summed, its_future in self._waiting:
+                its_future.set_result(summed)
+            self._waiting.clear()
         return future
 
 

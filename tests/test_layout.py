@@ -34,7 +34,7 @@ LAYERS = """
     optim
     models
     checkpoint flops
-    nested rows fetch
+    nested rows fetch shared
     runtime
     tree
     record console pages
