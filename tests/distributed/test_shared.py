@@ -14,15 +14,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_train import fit, load
-from dist_train.shared import SLOT, share
+from dist_train import fit, load, parallel, shared
+from dist_train.shared import share
 from dist_train.tree import tree_sum
 from tests.distributed.ranks import last, same_bits
 from tests.processes import Finished
 from tests.worlds import SMALL
 
-SIZES = [(1, torch.float32), (0, torch.float32), (SLOT // 4 + 3, torch.float32), (1001, torch.bfloat16),
-         (77, torch.float64), (SLOT, torch.bfloat16), (5, torch.float32)]  # fmt: skip
+SLOT = 2**12  # bytes; so a few numbers take several
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+SIZES = [
+    (1, F32),
+    (0, F32),
+    (SLOT // 4 + 3, F32),
+    (1001, BF16),
+    (77, F64),
+    (SLOT // 2 + 1, BF16),
+    (SLOT, F32),
+]
 
 
 def group() -> Any:
@@ -52,14 +61,16 @@ def numbers(step: int, rank: int) -> list[torch.Tensor]:
 
 def add_in_many_steps() -> None:
     """Adds up, while some ranks come late and some leave late."""
+    torch.set_num_threads(1)
+    shared.SLOT = SLOT
     ranks = group()
-    shared = share(ranks)
-    assert shared is not None
+    memory = share(ranks)
+    assert memory is not None
     wait = random.Random(ranks.rank)
-    for step in range(20):
+    for step in range(30):
         mine = numbers(step, ranks.rank)
         time.sleep(wait.choice([0, 0, 0.01]))
-        shared.add(mine)
+        memory.add(mine)
         for place, found in enumerate(mine):
             expected = tree_sum([numbers(step, rank)[place] for rank in range(ranks.world_size)])
             assert torch.equal(found, expected), (step, place)
@@ -91,8 +102,6 @@ def train_without(what: str, *words: str) -> None:
     if refused == "look":
         os.open = opened
     used: list[bool] = []
-    import dist_train.parallel as parallel
-
     parallel.share = lambda ranks: used.append(bool(given := share(ranks))) or given  # type: ignore[func-returns-value]
     fit(load([], words))
     print(f"shared: {used}; left: {'memfd:sums' in Path('/proc/self/maps').read_text()}")
