@@ -47,7 +47,7 @@ class Parallel:
                 )
             self.counting = synchronize(model, ranks.sum)
         recompute(model, config.parallel.recompute, config.parallel.wrap)
-        self.meeting: list[Callable[[], None]] = []  # told when a rank's own gradients begin to be there
+        self.meeting: list[Callable[[], None]] = []  # told when a rank begins to wait for others
         self.called = self._spread()
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._subtrees = Subtrees()
@@ -213,15 +213,14 @@ class BucketSum:
 
     def __call__(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The sum over all parts of what a bucket holds."""
-        if bucket.index() == 0:
-            for tell in self.meeting:
-                tell()
         numbers = [self.numbers[weight] for weight in bucket.parameters()]
         for subtree in self.subtrees.smallest_first():
             add([subtree[number] for number in numbers], bucket.gradients())
-        flat = bucket.buffer()
         if self.shared:
-            return self._with_the_last(flat, bucket.is_last(), self.shared)
+            return self._with_the_last(bucket, self.shared)
+        if bucket.index() == 0:
+            self._tell()
+        flat = bucket.buffer()
         if self.world_size == 2:  # of two numbers there is one sum, in any order
             return dist.all_reduce(flat, async_op=True).get_future().then(lambda done: done.value()[0])
         future: torch.futures.Future[torch.Tensor]
@@ -238,18 +237,21 @@ class BucketSum:
             future.set_result(sum_over_ranks(flat, self.world_size))
         return future
 
-    def _with_the_last(
-        self, flat: torch.Tensor, is_last: bool, shared: Shared
-    ) -> torch.futures.Future[torch.Tensor]:
+    def _with_the_last(self, bucket: dist.GradBucket, shared: Shared) -> torch.futures.Future[torch.Tensor]:
         """The sum of a bucket, begun when the step's last one is there: so ranks wait for each other once."""
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        self._waiting.append((flat, future))
-        if is_last:
+        self._waiting.append((bucket.buffer(), future))
+        if bucket.is_last():
+            self._tell()
             shared.add(flat for flat, _ in self._waiting)
-            for summed, its_future in self._waiting:
-                its_future.set_result(summed)
+            for flat, its_own in self._waiting:
+                its_own.set_result(flat)
             self._waiting.clear()
         return future
+
+    def _tell(self) -> None:
+        for tell in self.meeting:
+            tell()
 
 
 class Buffers:

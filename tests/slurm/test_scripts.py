@@ -33,16 +33,18 @@ def test_each_rank_has_its_own_number_and_each_attempt_its_own_port(slurm: Clust
     (tmp_path / "tells.py").write_text(TELLS)
     # As ranks do: where one has ended, srun asks the others to, and they end with the same code.
     end = "exit $((${SLURM_RESTART_COUNT:-0} ? 0 : 75))"
-    tells = f'trap "{end}" TERM; {sys.executable} tells.py "$@"; {end}'
+    told = "told-${SLURM_RESTART_COUNT:-0}"  # a file of each: none ends before all are there
+    meet = f"touch {told}-$SLURM_PROCID; until [ $(ls {told}-* | wc -l) = 4 ]; do sleep 0.1; done"
+    tells = f'trap "{end}" TERM; {sys.executable} tells.py "$@"; {meet}; {end}'
     jobs = Jobs(slurm, tmp_path, rank(tmp_path, tells), "unset OMP_NUM_THREADS")
     job = jobs.submit(
         "--job-name=ranks", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=2", "--export=NONE",
         arguments=["a b.yaml", "x=$y"],
     )  # fmt: skip
     slurm.wait(job, "COMPLETED")
-    told = [json.loads(line) for line in jobs.said("ranks").splitlines() if line.startswith("{")]
-    assert len(told) == 8, jobs.said("ranks")
-    attempts = [[each for each in told if each["attempt"] == attempt] for attempt in "01"]
+    lines = [json.loads(line) for line in jobs.said("ranks").splitlines() if line.startswith("{")]
+    assert len(lines) == 8, jobs.said("ranks")
+    attempts = [[each for each in lines if each["attempt"] == attempt] for attempt in "01"]
     for ranks in attempts:
         ranks.sort(key=lambda each: each["RANK"])
         assert [each["RANK"] for each in ranks] == ["0", "1", "2", "3"]
