@@ -3,13 +3,13 @@
     python benchmarks/same_bits.py              # a few minutes on two cores
     python benchmarks/same_bits.py --rounds 5   # quicker, noisier
 
-Two and four gloo processes, each with one thread, train the quickstart's MLP (batch 64) and a ResNet-18 on
+Two and four processes on a CPU, each with one thread, train the quickstart's MLP (batch 64) and a ResNet-18 on
 images of 32 x 32 (batch 32), forward, backward and step, by `Learner.train_step`. Both sides run in the same
 processes, a few steps each in turn, every other round in the opposite order; what is reported are medians of
 a round's seconds per step, and the median of the rounds' ratios.
 
     DDP     train.same_bits=false: gradients of parts accumulate in place, DDP averages its buckets.
-    ours    the tree: parts are merged as they come; all_to_all, sum, all_gather of each bucket.
+    ours    the tree: parts are merged as they come; then ranks add up in memory that they share.
 
 BatchNorm's buffers follow the tree on both sides. The memory is counted: that of the sums of parts which wait
 for others, beside the gradients that both sides hold.

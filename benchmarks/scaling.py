@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Measured: 1, 2 and 4 gloo processes, each with one thread, take steps of the quickstart's MLP (64 images a
+Measured: 1, 2 and 4 processes on a CPU, each with one thread, take steps of the quickstart's MLP (64 images a
 process) and of a ResNet-18 (32 images of 32 x 32 a process) by `Learner.train_step`; some as they are, some
 with the sum over ranks left out, in turn. The share is what the sum adds to a step, so what the backward pass
 hides of it counts as nothing. Where there are more processes than CPUs they also wait for these.
