@@ -3,7 +3,7 @@
     python benchmarks/same_bits.py              # a few minutes on two cores
     python benchmarks/same_bits.py --rounds 5   # quicker, noisier
 
-Two and four processes on a CPU, each with one thread, train the quickstart's MLP (batch 64) and a ResNet-18 on
+Two and four ranks on a CPU, each with one thread, train the quickstart's MLP (batch 64) and a ResNet-18 on
 images of 32 x 32 (batch 32), forward, backward and step, by `Learner.train_step`. Both sides run in the same
 processes, a few steps each in turn, every other round in the opposite order; what is reported are medians of
 a round's seconds per step, and the median of the rounds' ratios.
