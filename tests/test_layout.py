@@ -34,7 +34,7 @@ LAYERS = """
     optim
     models
     checkpoint flops
-    nested rows fetch shared
+    nested rows fetch shared buffers
     runtime
     tree
     record console pages
