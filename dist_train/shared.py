@@ -59,11 +59,11 @@ class Shared:
         # Each rank adds up a share, in its own slot, where no other one reads that share until all meet.
         shares = [[term.tensor_split(self.world_size) for term in of_piece] for of_piece in terms]
         for of_piece in shares:
-            own = [share[self.rank] for share in of_piece]
+            own = [of_rank[self.rank] for of_rank in of_piece]
             own[self.rank].copy_(tree_sum(own))
         self._meet()
         for piece, of_piece in zip(pieces, shares, strict=True):
-            torch.cat([share[rank] for rank, share in enumerate(of_piece)], out=piece)
+            torch.cat([of_rank[rank] for rank, of_rank in enumerate(of_piece)], out=piece)
 
     def _meet(self) -> None:
         dist.all_reduce(self._nothing)
@@ -114,7 +114,7 @@ def _packed(flats: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
                 yield pieces
                 pieces, room = [], SLOT
             pieces.append(piece)
-            room -= -(-piece.nbytes // ALIGNED) * ALIGNED
+            room -= _space(piece)
     if pieces:
         yield pieces
 
@@ -124,5 +124,10 @@ def _placed(slot: torch.Tensor, pieces: list[torch.Tensor]) -> list[torch.Tensor
     places, start = [], 0
     for piece in pieces:
         places.append(slot[start : start + piece.nbytes].view(piece.dtype))
-        start += -(-piece.nbytes // ALIGNED) * ALIGNED
+        start += _space(piece)
     return places
+
+
+def _space(piece: torch.Tensor) -> int:
+    """Bytes that a piece takes in a slot."""
+    return -(-piece.nbytes // ALIGNED) * ALIGNED
